@@ -1,0 +1,1 @@
+"""One file a format: recorded runs in, episodes or refusals out."""

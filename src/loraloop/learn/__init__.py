@@ -1,0 +1,1 @@
+"""Learn models: what of an episode becomes a sample."""

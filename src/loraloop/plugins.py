@@ -1,0 +1,123 @@
+"""What a plug-in looks like, and the one way to find one by name.
+
+Kinds: `learn_models` and `importers`, each an entry-point group `loraloop.<kind>`. loraloop's own are listed in pyproject.toml like
+anybody else's and have no privilege. Stores are given as objects, so they are a protocol without an entry point.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Iterator, Sequence
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
+
+from loraloop.episode import AnyRecord, Episode, EpisodeDto, EpisodeFilter, Outcome
+from loraloop.errors import SettingsError
+from loraloop.training_data import Refusal, TrainingData
+
+PluginKind = Literal["learn_models", "importers"]
+
+
+@runtime_checkable
+class EpisodeStore(Protocol):
+    """Keeps episodes. Order is by time of creation (`metadata.created_at_ms`), then id. Raises StoreError for trouble of its own."""
+
+    def append(self, episode: Episode) -> bool:
+        """Keep `episode`; False when the very same is there already. Raises StoreError when another one has its id."""
+        ...
+
+    def append_many(self, episodes: Sequence[Episode]) -> list[bool]:
+        """`append` for each, all or none."""
+        ...
+
+    def get(self, episode_id: str) -> Episode:
+        """The episode; raises StoreError when there is none."""
+        ...
+
+    def find(self, episode_id: str) -> Episode | None:
+        """The episode, or None."""
+        ...
+
+    def iter_episodes(self, episode_filter: EpisodeFilter | None = None) -> Iterator[Episode]:
+        """The episodes that match, one at a time; without a filter, all."""
+        ...
+
+    def query(self, episode_filter: EpisodeFilter | None = None) -> list[Episode]:
+        """`iter_episodes` as a list."""
+        ...
+
+    def list_meta(self, episode_filter: EpisodeFilter | None = None) -> list[EpisodeDto]:
+        """The episodes that match, without messages and records."""
+        ...
+
+    def count(self, episode_filter: EpisodeFilter | None = None) -> int:
+        """How many match."""
+        ...
+
+
+@runtime_checkable
+class LearnModel(Protocol):
+    """What to learn from episodes: how records become episodes, how an episode is judged, how it becomes a sample."""
+
+    @property
+    def name(self) -> str:
+        """A short name; it labels episodes and adapters and is never used as a path."""
+        ...
+
+    @property
+    def objective(self) -> str:
+        """One sentence: what a model trained on it does better."""
+        ...
+
+    def build_episodes(self, records: Iterable[AnyRecord]) -> list[Episode]:
+        """The finished episodes in `records`."""
+        ...
+
+    def evaluate(self, context: Sequence[AnyRecord]) -> Outcome:
+        """How the episode made of these records ended."""
+        ...
+
+    def convert(self, episode: Episode) -> TrainingData | Refusal:
+        """The sample of `episode`, or why there is none."""
+        ...
+
+
+class Importer(Protocol):
+    """Reads one file format. One class per format; an instance holds no state."""
+
+    name: ClassVar[str]
+    """The format's name, as `--format` takes it."""
+    description: ClassVar[str]
+    """What it looks like, in one line."""
+
+    def detect(self, path: Path, head: str) -> bool:
+        """Whether `path`, whose first 64 KiB of text are `head`, looks like this format."""
+        ...
+
+    def count(self, path: Path) -> int | None:
+        """How many entries the file has where that is cheap to tell, for a progress bar; else None."""
+        ...
+
+    def read(self, path: Path) -> Iterator[Episode | Refusal]:
+        """Every entry in order: an Episode, or a Refusal whose detail has file, entry or line, found / expected / do this.
+
+        Raises ImportFailed when the file as a whole cannot be read.
+        """
+        ...
+
+
+def list_names(kind: PluginKind) -> list[str]:
+    """The names that `find` knows, sorted."""
+    return sorted({point.name for point in entry_points(group=f"loraloop.{kind}")})
+
+
+def find(kind: PluginKind, name: str) -> Any:
+    """The class behind `name`. Raises SettingsError naming those that are known, and the nearest."""
+    for point in entry_points(group=f"loraloop.{kind}"):
+        if point.name == name:
+            return point.load()
+    known = list_names(kind)
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f" Did you mean {near[0]}?" if near else ""
+    raise SettingsError(f"no {kind.removesuffix('s').replace('_', ' ')} named {name!r}; known: {', '.join(known)}.{hint}")
