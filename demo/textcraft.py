@@ -178,7 +178,7 @@ def _obtain(
         for amount, ingredient in ingredients:
             stock[ingredient] -= amount
         stock[name] = stock.get(name, 0) + made
-        yield f"craft {made} {name} using " + ", ".join(f"{amount} {item}" for amount, item in ingredients)
+        yield f"craft {name} using " + ", ".join(f"{amount} {item}" for amount, item in ingredients)
 
 
 def _find_recipe(

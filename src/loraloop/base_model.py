@@ -1,0 +1,197 @@
+"""The base model an adapter is trained on: a hub id, a folder, or a GGUF file; found, hashed, and loaded without surprises.
+
+Only safetensors are read, never pickles, and no code from a model's folder runs. A GGUF file is dequantised once into the user's
+cache, in float32, so that what is trained is what llama.cpp serves. Everything works offline when the files are there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+from loraloop.episode import Frozen
+from loraloop.errors import BaseModelError
+from loraloop.files import file_sha256, new_directory
+
+Dtype = Literal["auto", "float32", "bfloat16"]
+
+_HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model"]
+_WAYS = "give the folder of a model saved as safetensors, a .gguf file, or the id of a model on the Hugging Face hub"
+
+
+class BaseModel(Frozen):
+    """A base model that is on this machine."""
+
+    name: str
+    """How adapters refer to it: the hub id, or the name of the folder or file, without its path."""
+    source: Literal["hub", "folder", "gguf"]
+    path: Path
+    """A folder with config.json, a tokenizer, and weights as safetensors."""
+    sha256: str
+    """Over the weights and the configuration; two copies of one model agree."""
+
+
+def resolve_base(base: str, say: Callable[[str], None] = lambda _: None) -> BaseModel:
+    """Find `base`, fetching or converting it when needed; `say` hears what takes long.
+
+    Raises BaseModelError, in one message, when it cannot be had or is not a model that can be trained.
+    """
+    path = Path(base).expanduser()
+    if path.is_file():
+        folder, name, source = _from_gguf(path, say), path.stem, "gguf"
+    elif path.is_dir():
+        folder, name, source = path.resolve(), path.resolve().name, "folder"
+    elif base.startswith(("/", ".", "~")) or base.endswith(".gguf") or base.count("/") > 1:
+        raise BaseModelError(f"base model {base!r}: no such file or folder; {_WAYS}")
+    else:
+        folder, name, source = _from_hub(base, say), base, "hub"
+    return BaseModel(name=name, source=source, path=folder, sha256=_hash_folder(folder, base))  # type: ignore[arg-type]
+
+
+def load_tokenizer(base: BaseModel) -> Any:
+    """The tokenizer with its chat template. Raises BaseModelError."""
+    import transformers
+
+    with _as_base_model_error(base, "its tokenizer cannot be loaded"):
+        return transformers.AutoTokenizer.from_pretrained(str(base.path), local_files_only=True, trust_remote_code=False)
+
+
+def load_model(base: BaseModel, dtype: Literal["float32", "bfloat16"]) -> Any:
+    """The causal language model in `dtype`, in eval mode, on the CPU. Raises BaseModelError."""
+    import torch
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    with _as_base_model_error(base, "it cannot be loaded"):
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            str(base.path),
+            dtype=getattr(torch, dtype),
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+        )
+    return model.eval()
+
+
+def choose_device() -> str:
+    """`cuda` where there is one, else `cpu`."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def choose_dtype(wanted: Dtype, device: str) -> Literal["float32", "bfloat16"]:
+    """`auto` is bfloat16 where the hardware computes in it; elsewhere it would be several times slower than float32."""
+    import torch
+
+    if wanted != "auto":
+        return wanted
+    if device == "cuda":
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+    return "bfloat16" if _cpu_has_bf16() else "float32"
+
+
+def keep_memory() -> bool:
+    """Tell glibc to keep freed memory instead of returning it after every operation; True when it listened.
+
+    Touching fresh pages costs several times more than computing on warm ones (measured in docs/lab-book.md). Call it before the
+    first tensor is made. Elsewhere than on glibc it does nothing.
+    """
+    import ctypes
+
+    if not sys.platform.startswith("linux"):
+        return False
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        return False
+    no_mmap, trim_threshold, top_pad = -4, -1, -2  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD of malloc.h
+    return bool(mallopt(no_mmap, 0) and mallopt(trim_threshold, 2**31 - 1) and mallopt(top_pad, 256 << 20))
+
+
+def cache_directory() -> Path:
+    """Where converted models are kept: LORALOOP_CACHE, else the user's cache directory."""
+    if own := os.environ.get("LORALOOP_CACHE"):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "loraloop"
+
+
+def _from_hub(base: str, say: Callable[[str], None]) -> Path:
+    import huggingface_hub
+
+    name, _, revision = base.partition("@")
+    try:
+        return Path(huggingface_hub.snapshot_download(name, revision=revision or None, allow_patterns=_HUB_FILES, local_files_only=True))
+    except Exception:  # noqa: BLE001  not in the local cache, or not a hub id at all: the next call tells which
+        say(f"fetching {base} from the hub")
+    try:
+        return Path(huggingface_hub.snapshot_download(name, revision=revision or None, allow_patterns=_HUB_FILES))
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise BaseModelError(f"base model {base!r} is not on this machine and cannot be had from the hub ({reason}); {_WAYS}") from error
+
+
+def _from_gguf(path: Path, say: Callable[[str], None]) -> Path:
+    """The folder with the dequantised model, made on the first call for these bytes."""
+    with path.open("rb") as file:
+        magic = file.read(4)
+    if magic != b"GGUF":
+        raise BaseModelError(f"base model {str(path)!r} is a file but not GGUF (it starts with {magic!r}); {_WAYS}")
+    target = cache_directory() / "gguf" / file_sha256(path)[:24]
+    if (target / "config.json").exists():
+        return target
+    say(f"dequantising {path.name} once into {target}")
+    import torch
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        folder, name = str(path.parent), path.name
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=name)
+    except Exception as error:
+        raise BaseModelError(f"base model {str(path)!r} cannot be read by transformers: {error}") from error
+    model.hf_quantizer = None  # the weights are plain now; without this, saving them is refused
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    with contextlib.suppress(FileExistsError), new_directory(target) as folder_aside:  # another process may have been faster
+        model.save_pretrained(folder_aside)
+        tokenizer.save_pretrained(folder_aside)
+    return target
+
+
+def _hash_folder(folder: Path, base: str) -> str:
+    """SHA-256 over the names and hashes of config.json and the weights; raises BaseModelError when they are not there."""
+    weights = sorted(folder.glob("*.safetensors"))
+    if not (folder / "config.json").is_file() or not weights:
+        found = ", ".join(sorted(file.name for file in folder.iterdir())[:8]) or "nothing"
+        raise BaseModelError(
+            f"base model {base!r}: the folder needs config.json and *.safetensors, and holds {found}; pickled weights (.bin, .pt) are not read. "
+            + _WAYS[0].upper()
+            + _WAYS[1:]
+        )
+    digest = hashlib.sha256()
+    for file in [folder / "config.json", *weights]:
+        digest.update(f"{file.name} {file_sha256(file)}\n".encode())
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def _as_base_model_error(base: BaseModel, what: str) -> Any:
+    try:
+        yield
+    except Exception as error:
+        raise BaseModelError(f"base model {base.name!r} in {base.path}: {what} ({error})") from error
+
+
+def _cpu_has_bf16() -> bool:
+    """Whether the processor multiplies bfloat16 in hardware (AVX512-BF16, AMX, or Arm's BF16 extension)."""
+    try:
+        words = set(Path("/proc/cpuinfo").read_text(encoding="utf-8").split())
+    except OSError:
+        return False
+    return bool(words & {"avx512_bf16", "amx_bf16", "bf16"})

@@ -1,0 +1,203 @@
+"""A model's own chat template, and what to do where it cannot render tools.
+
+Templates differ: some render tool schemas, tool calls and tool results, some silently leave them out (SmolLM2's), some want call
+arguments as an object, some as text. `ChatTemplate` finds out by rendering probes, and puts messages into the form that the template
+keeps whole. Where it keeps nothing, the fallback writes plain text into the turn, in the widespread form of Hermes and Qwen:
+
+    tools         at the end of the system turn, one JSON schema a line between <tools> and </tools>
+    tool calls    in the agent's turn: <tool_call>{"name": …, "arguments": …}</tool_call>, one a line
+    tool results  as a user turn: <tool_response>…</tool_response>
+
+It needs a fast tokenizer with a chat template, and never runs code from a model's folder.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal, Protocol
+
+from loraloop.episode import Message, ToolCall
+from loraloop.errors import RenderError
+
+Turn = dict[str, Any]
+
+
+class Tokenizer(Protocol):
+    """The part of a transformers fast tokenizer that rendering needs."""
+
+    chat_template: Any
+    is_fast: bool
+    all_special_tokens: list[str]
+    added_tokens_decoder: dict[int, Any]
+
+    def apply_chat_template(self, conversation: list[Turn], **options: Any) -> Any:
+        """Text (tokenize=False) of the conversation."""
+        ...
+
+    def __call__(self, text: str, **options: Any) -> Any:
+        """Token ids and offsets of a text."""
+        ...
+
+
+@dataclass(frozen=True)
+class Abilities:
+    """What a template keeps of what it is given; everything else goes through the fallback."""
+
+    tools: bool
+    tool_role: bool
+    arguments: Literal["object", "text"] | None
+    """How it wants call arguments; None when it drops tool calls."""
+    parallel_calls: bool
+
+
+class ChatTemplate:
+    """One tokenizer's template. Raises RenderError when there is none, or when the tokenizer gives no offsets."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        if not getattr(tokenizer, "chat_template", None):
+            raise RenderError(
+                "this base model's tokenizer has no chat template; use an instruct model, or put a chat_template.jinja into its folder"
+            )
+        if not tokenizer.is_fast:
+            raise RenderError("this base model has no tokenizer.json (a fast tokenizer); token offsets, and so exact masks, need one")
+        self.tokenizer = tokenizer
+
+    @cached_property
+    def abilities(self) -> Abilities:
+        """Found by rendering probes once."""
+        return _probe(self._render)
+
+    @cached_property
+    def stop_texts(self) -> tuple[str, ...]:
+        """The special tokens, any of which may end a turn, longest first."""
+        special = {str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special}
+        return tuple(sorted(special | set(self.tokenizer.all_special_tokens), key=lambda text: (-len(text), text)))
+
+    def text(self, turns: Sequence[Turn], tools: Sequence[Any] = (), *, generation_prompt: bool = False) -> str:
+        """The template's rendering of prepared turns; raises RenderError with the template's own complaint."""
+        try:
+            return self._render(list(turns), list(tools) or None, generation_prompt)
+        except Exception as error:  # noqa: BLE001  a template may raise anything; it comes with the model, not with us
+            raise RenderError(f"the chat template refuses this conversation: {error}") from error
+
+    def encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Token ids of a rendered text, and each one's (start, end) in characters."""
+        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        return list(encoded["input_ids"]), [tuple(pair) for pair in encoded["offset_mapping"]]
+
+    def prepare(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] = ()) -> tuple[list[Turn], list[dict[str, Any]]]:
+        """(turns, tools) in the form that this template keeps whole, one turn for each message.
+
+        Tools that the template cannot render go into the system turn; a conversation without one gets one, so that there is then
+        one turn more than messages, at the front. Raises RenderError for call arguments that the template could only garble.
+        """
+        turns = [self._prepare_turn(message) for message in messages]
+        if tools and not self.abilities.tools:
+            note = _tools_as_text(tools)
+            if turns and turns[0]["role"] == "system":
+                turns[0] = {**turns[0], "content": turns[0]["content"] + "\n\n" + note}
+            else:
+                turns.insert(0, {"role": "system", "content": note})
+            return turns, []
+        return turns, list(tools)
+
+    def _prepare_turn(self, message: Message) -> Turn:
+        content = message.content or ""
+        if message.role == "tool":
+            if self.abilities.tool_role:
+                ids = {"tool_call_id": message.tool_call_id} if message.tool_call_id else {}
+                return {"role": "tool", "content": content, **ids, **({"name": message.name} if message.name else {})}
+            return {"role": "user", "content": f"<tool_response>\n{content}\n</tool_response>"}
+        turn: Turn = {"role": message.role, "content": content}
+        if message.tool_calls:
+            if self.abilities.arguments and (len(message.tool_calls) == 1 or self.abilities.parallel_calls):
+                turn["tool_calls"] = [self._prepare_call(call) for call in message.tool_calls]
+            else:
+                calls = "\n".join(_call_as_text(call) for call in message.tool_calls)
+                turn["content"] = f"{content}\n{calls}" if content else calls
+        return turn
+
+    def _prepare_call(self, call: ToolCall) -> Turn:
+        arguments: Any = call.function.arguments
+        if self.abilities.arguments == "object":
+            arguments = parse_arguments(call)
+        function = {"name": call.function.name, "arguments": arguments}
+        return {"type": "function", "function": function, **({"id": call.id} if call.id else {})}
+
+    def _render(self, turns: list[Turn], tools: list[Any] | None, generation_prompt: bool) -> str:
+        return str(
+            self.tokenizer.apply_chat_template(turns, tools=tools, add_generation_prompt=generation_prompt, tokenize=False)
+        )
+
+
+def parse_arguments(call: ToolCall) -> dict[str, Any]:
+    """The call's arguments as an object; raises RenderError when the recorded text is not one."""
+    try:
+        arguments = json.loads(call.function.arguments or "{}")
+    except json.JSONDecodeError as error:
+        raise RenderError(f"the call of {call.function.name} has arguments that are not JSON ({error.msg})") from error
+    if not isinstance(arguments, dict):
+        raise RenderError(f"the call of {call.function.name} has arguments that are {type(arguments).__name__}, not an object")
+    return arguments
+
+
+def _call_as_text(call: ToolCall) -> str:
+    """The fallback form; the arguments stand as the agent wrote them."""
+    name = json.dumps(call.function.name, ensure_ascii=False)
+    return f'<tool_call>{{"name": {name}, "arguments": {call.function.arguments or "{}"}}}</tool_call>'
+
+
+def _tools_as_text(tools: Sequence[dict[str, Any]]) -> str:
+    schemas = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools)
+    return (
+        "You can call these tools, given as JSON schemas:\n"
+        f"<tools>\n{schemas}\n</tools>\n"
+        'To call one, write <tool_call>{"name": …, "arguments": …}</tool_call>, one call a line.'
+    )
+
+
+_PROBE_TOOL = {
+    "type": "function",
+    "function": {
+        "name": "probe_tool",
+        "description": "A probe.",
+        "parameters": {"type": "object", "properties": {"probe_key": {"type": "string", "description": "A key."}}},
+    },
+}
+_ASK: Turn = {"role": "user", "content": "probe question"}
+
+
+def _probe(render: Callable[[list[Turn], list[Any] | None, bool], str]) -> Abilities:
+    def rendered(turns: list[Turn], tools: list[Any] | None = None) -> str:
+        try:
+            return render(turns, tools, False)
+        except Exception:  # noqa: BLE001  a template that raises on a probe does not have the ability
+            return ""
+
+    def calls(arguments: object, names: tuple[str, ...]) -> list[Turn]:
+        made = [
+            {"type": "function", "id": f"probecal{i}", "function": {"name": name, "arguments": arguments}}
+            for i, name in enumerate(names)
+        ]
+        return [_ASK, {"role": "assistant", "content": "", "tool_calls": made}]
+
+    def keeps(text: str, *parts: str) -> bool:
+        return all(part in text for part in parts) and '\\"probe_key' not in text
+
+    arguments: Literal["object", "text"] | None = None
+    given: object = {"probe_key": "probe_value"}
+    if keeps(rendered(calls(given, ("probe_one",))), "probe_one", "probe_key", "probe_value"):
+        arguments = "object"
+    elif keeps(rendered(calls('{"probe_key": "probe_value"}', ("probe_one",))), "probe_one", "probe_key", "probe_value"):
+        arguments, given = "text", '{"probe_key": "probe_value"}'
+    answer: Turn = {"role": "tool", "content": "probe_result", "tool_call_id": "probecal0", "name": "probe_one"}
+    before = calls(given, ("probe_one",)) if arguments else [_ASK, {"role": "assistant", "content": "probe call"}]
+    return Abilities(
+        tools="probe_tool" in rendered([_ASK], [_PROBE_TOOL]),
+        tool_role="probe_result" in rendered([*before, answer]),
+        arguments=arguments,
+        parallel_calls=keeps(rendered(calls(given, ("probe_one", "probe_two"))), "probe_one", "probe_two", "probe_key"),
+    )

@@ -1,0 +1,113 @@
+"""What a training is told: the trainer's configuration, and options that only loraloop's own training process knows."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from loraloop.errors import SettingsError
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraTrainerConfig:
+    """Frozen; every value is checked when it is made. Raises SettingsError naming the value and its range."""
+
+    base_model: str = "LiquidAI/LFM2.5-1.2B-Instruct"
+    """A hub id, a folder, or a GGUF file."""
+    lora_rank: int = 16
+    """At least 1."""
+    lora_alpha: float = 32.0
+    """More than 0; the adapter is scaled by lora_alpha / lora_rank."""
+    lora_dropout: float = 0.05
+    """0 <= lora_dropout < 1."""
+    epochs: int = 3
+    """Passes over the data, at least 1."""
+    batch_size: int = 4
+    """Samples of a micro-batch, at least 1."""
+    gradient_accumulation: int = 4
+    """Micro-batches of an optimizer step, at least 1."""
+    learning_rate: float = 2e-4
+    """Peak rate, 0 < learning_rate < 1."""
+    max_seq_length: int = 2048
+    """Tokens of a row, at least 16."""
+    train_script: str | Path | None = None
+    """A script that keeps the command-line contract; None is loraloop's own training process."""
+    output_dir: str | Path = "lora/adapters"
+    """Adapters go into a new folder in here, named by the model's id."""
+    data_dir: str | Path = "lora/data"
+    """Training files and logs go into a new folder in here, named by the model's id."""
+    python_path: str | Path | None = None
+    """The interpreter of the training process; None is the running one."""
+
+    def __post_init__(self) -> None:
+        _check_text("base_model", self.base_model)
+        for name in ("lora_rank", "epochs", "batch_size", "gradient_accumulation"):
+            _check_int(name, getattr(self, name), 1)
+        _check_int("max_seq_length", self.max_seq_length, 16)
+        _check_float("lora_alpha", self.lora_alpha, "> 0", lambda value: value > 0)
+        _check_float("lora_dropout", self.lora_dropout, ">= 0 and < 1", lambda value: 0 <= value < 1)
+        _check_float("learning_rate", self.learning_rate, "> 0 and < 1", lambda value: 0 < value < 1)
+        for name in ("output_dir", "data_dir"):
+            _check_text(name, os.fspath(getattr(self, name)) if isinstance(getattr(self, name), os.PathLike) else getattr(self, name))
+        for name in ("train_script", "python_path"):
+            if getattr(self, name) is not None:
+                _check_text(name, str(getattr(self, name)))
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with `changes`, checked again. Raises SettingsError for a name that is not a setting."""
+        known = [field.name for field in dataclasses.fields(self)]
+        for name in changes:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                hint = f" Did you mean {near[0]}?" if near else ""
+                raise SettingsError(f"no setting named {name!r}; known: {', '.join(known)}.{hint}")
+        return dataclasses.replace(self, **changes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions:
+    """Options of loraloop's own training process; a `train_script` never sees them. Raises SettingsError like the configuration."""
+
+    seed: int = 0
+    """Of the adapter's first weights, the order of samples, and dropout; at least 0."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the base weights; auto is bfloat16 where the hardware computes in it."""
+    max_steps: int | None = None
+    """End after this many optimizer steps, at least 1."""
+    held_out_fraction: float = 0.2
+    """Share of the tasks kept from training to measure on, 0 <= held_out_fraction < 1."""
+    held_out_min_tasks: int = 5
+    """With fewer distinct tasks than this nothing is held out."""
+
+    def __post_init__(self) -> None:
+        _check_int("seed", self.seed, 0)
+        if self.dtype not in ("auto", "float32", "bfloat16"):
+            raise SettingsError(f"dtype={self.dtype!r}: expected auto, float32 or bfloat16")
+        if self.max_steps is not None:
+            _check_int("max_steps", self.max_steps, 1)
+        _check_float("held_out_fraction", self.held_out_fraction, ">= 0 and < 1", lambda value: 0 <= value < 1)
+        _check_int("held_out_min_tasks", self.held_out_min_tasks, 1)
+
+    def to_argv(self) -> list[str]:
+        """The arguments that follow the contract's on the command line."""
+        argv = ["--seed", str(self.seed), "--dtype", self.dtype]
+        return [*argv, "--max-steps", str(self.max_steps)] if self.max_steps is not None else argv
+
+
+def _check_int(name: str, value: Any, low: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise SettingsError(f"{name}={value!r}: expected a whole number >= {low}")
+
+
+def _check_float(name: str, value: Any, expected: str, holds: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not holds(value) or value in (float("inf"), float("-inf")):
+        raise SettingsError(f"{name}={value!r}: expected a number {expected}")
+
+
+def _check_text(name: str, value: Any) -> None:
+    if not isinstance(value, str) or not value.strip() or "\0" in value:
+        raise SettingsError(f"{name}={value!r}: expected a text that is not empty")

@@ -1,0 +1,31 @@
+"""`python -m loraloop.train`: the training process, usable by hand and started by `LoraTrainer`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+from loraloop.base_model import keep_memory
+from loraloop.errors import LoraLoopError
+from loraloop.train.arguments import parse_arguments
+from loraloop.train.progress import emit
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code 0 when the adapter is saved; 1 with one clear message on stderr when it cannot be."""
+    arguments = parse_arguments(argv)
+    keep_memory()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from loraloop.train.run import run  # torch only loads once the arguments are known to be right
+
+    try:
+        run(arguments, emit)
+    except (LoraLoopError, OSError, ValueError) as error:
+        sys.stderr.write(f"{type(error).__name__}: {error}\n")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

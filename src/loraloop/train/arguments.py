@@ -1,0 +1,90 @@
+"""The command line of the training process: the contract that every training script keeps, and options of our own."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from loraloop.base_model import Dtype
+
+
+@dataclass(frozen=True)
+class TrainArguments:
+    """Everything one training run is told."""
+
+    data: Path
+    output: Path
+    model: str
+    rank: int
+    alpha: float
+    dropout: float
+    epochs: int
+    batch_size: int
+    grad_accum: int
+    lr: float
+    max_seq_length: int
+    held_out: Path | None
+    seed: int
+    dtype: Dtype
+    max_steps: int | None
+    warmup_ratio: float
+    max_grad_norm: float
+    held_out_tokens: int
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> TrainArguments:
+    """The arguments, checked for their ranges; prints what is wrong and exits with 2 otherwise."""
+    parser = _parser()
+    arguments = TrainArguments(**vars(parser.parse_args(argv)))
+    for ok, complaint in (
+        (arguments.rank >= 1, f"--rank {arguments.rank}: expected at least 1"),
+        (arguments.alpha > 0, f"--alpha {arguments.alpha:g}: expected more than 0"),
+        (0 <= arguments.dropout < 1, f"--dropout {arguments.dropout:g}: expected 0 <= dropout < 1"),
+        (arguments.epochs >= 1, f"--epochs {arguments.epochs}: expected at least 1"),
+        (arguments.batch_size >= 1, f"--batch-size {arguments.batch_size}: expected at least 1"),
+        (arguments.grad_accum >= 1, f"--grad-accum {arguments.grad_accum}: expected at least 1"),
+        (0 < arguments.lr < 1, f"--lr {arguments.lr:g}: expected 0 < lr < 1"),
+        (arguments.max_seq_length >= 16, f"--max-seq-length {arguments.max_seq_length}: expected at least 16"),
+        (arguments.max_steps is None or arguments.max_steps >= 1, f"--max-steps {arguments.max_steps}: expected at least 1"),
+        (0 <= arguments.warmup_ratio < 1, f"--warmup-ratio {arguments.warmup_ratio:g}: expected 0 <= ratio < 1"),
+        (arguments.max_grad_norm > 0, f"--max-grad-norm {arguments.max_grad_norm:g}: expected more than 0"),
+        (arguments.data.is_file(), f"--data {arguments.data}: no such file"),
+        (arguments.held_out is None or arguments.held_out.is_file(), f"--held-out {arguments.held_out}: no such file"),
+    ):
+        if not ok:
+            parser.error(complaint)
+    return arguments
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m loraloop.train",
+        description="Train a LoRA adapter on a JSON Lines file of conversations and write it in PEFT's format.",
+        epilog='example: python -m loraloop.train --data train.jsonl --output adapter --model ./SmolLM2-135M-Instruct --lr 1e-3\n'
+        'a line of the file: {"conversations": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}',
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    contract = parser.add_argument_group("the contract that any training script keeps")
+    contract.add_argument("--data", type=Path, required=True, help="the JSON Lines file of samples")
+    contract.add_argument("--output", type=Path, required=True, help="the adapter's folder; must not hold anything yet")
+    contract.add_argument("--model", required=True, help="base model: hub id, folder, or .gguf file")
+    contract.add_argument("--rank", type=int, default=16, help="LoRA rank, at least 1 (16)")
+    contract.add_argument("--alpha", type=float, default=32.0, help="LoRA alpha; the adapter is scaled by alpha / rank (32)")
+    contract.add_argument("--dropout", type=float, default=0.05, help="LoRA dropout, 0 <= dropout < 1 (0.05)")
+    contract.add_argument("--epochs", type=int, default=3, help="passes over the data (3)")
+    contract.add_argument("--batch-size", type=int, default=4, help="rows of a micro-batch, at most (4)")
+    contract.add_argument("--grad-accum", type=int, default=4, help="micro-batches of an optimizer step (4)")
+    contract.add_argument("--lr", type=float, default=2e-4, help="peak learning rate of AdamW (0.0002)")
+    contract.add_argument("--max-seq-length", type=int, default=2048, help="tokens of a row, at most (2048)")
+    own = parser.add_argument_group("loraloop's own")
+    own.add_argument("--held-out", type=Path, help="samples to measure the loss on before and after, never trained on")
+    own.add_argument("--held-out-tokens", type=int, default=20_000, help="measure on the first rows up to this many tokens (20000)")
+    own.add_argument("--seed", type=int, default=0, help="of adapter, order and dropout (0)")
+    own.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="of the base weights (auto)")
+    own.add_argument("--max-steps", type=int, help="end after this many optimizer steps")
+    own.add_argument("--warmup-ratio", type=float, default=0.1, help="share of the steps in which the rate rises (0.1)")
+    own.add_argument("--max-grad-norm", type=float, default=1.0, help="gradients are clipped to this norm (1)")
+    return parser

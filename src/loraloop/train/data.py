@@ -1,0 +1,101 @@
+"""From a training file to rows of token ids, checked before anything is trained.
+
+Every line becomes rows or a counted refusal. A row that fails a check (a trained token of another author, a stop token that is not
+trained, a lost tool call) stops the whole run: it would be a mistake in a template or in loraloop, and training on it would hide it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from loraloop.chat.render import Row, check_row, render
+from loraloop.chat.template import ChatTemplate
+from loraloop.errors import EmptyData, RenderError
+from loraloop.files import read_jsonl
+from loraloop.training_data import Refusal, TrainingData
+from loraloop.training_record import DataReport
+
+
+@dataclass(frozen=True)
+class RowSet:
+    """The rows of one file, and what was left out."""
+
+    rows: list[Row]
+    refusals: list[Refusal]
+    report: DataReport
+
+    def used_episode_ids(self) -> list[str]:
+        """The episodes that gave at least one row, in order."""
+        return list(dict.fromkeys(row.episode_id for row in self.rows if row.episode_id))
+
+
+def read_samples(path: Path) -> list[TrainingData]:
+    """The samples of a training file. Raises ValueError naming the line that cannot be read."""
+    samples = []
+    for number, line in enumerate(read_jsonl(path), 1):
+        try:
+            samples.append(TrainingData.from_line(line))
+        except ValueError as error:
+            raise ValueError(f"{path}, sample {number}: {error}") from error
+    return samples
+
+
+def build_rows(
+    samples: Sequence[TrainingData],
+    template: ChatTemplate,
+    max_length: int,
+    on_progress: Callable[[int], None] = lambda _: None,
+) -> RowSet:
+    """Render every sample. Raises EmptyData when no row is left, RenderError when a row fails a check."""
+    rows: list[Row] = []
+    refusals: list[Refusal] = []
+    n_used = 0
+    for number, sample in enumerate(samples, 1):
+        if not sample.is_sft:
+            refusals.append(Refusal(episode_id=sample.episode_id, reason=f"kind_{sample.kind}", detail="only sft samples are trained"))
+            continue
+        new_rows, new_refusals = render(template, sample, max_length)
+        rows += new_rows
+        refusals += new_refusals
+        n_used += bool(new_rows)
+        on_progress(number)
+    report = _summarise(samples, n_used, rows, refusals, template)
+    if not rows:
+        raise EmptyData(f"none of {len(samples)} samples gave anything to train on", report.refused)
+    findings = Counter(finding for row in rows for finding in check_row(row))
+    if findings:
+        first = next(row for row in rows if check_row(row))
+        counts = ", ".join(f"{name} in {count} rows" for name, count in sorted(findings.items()))
+        raise RenderError(
+            f"the data check failed: {counts}; first in episode {first.episode_id}. Nothing was trained. "
+            "The base model's chat template does not keep these samples whole: use another base model, or fix its chat_template.jinja"
+        )
+    return RowSet(rows, refusals, report)
+
+
+def _summarise(
+    samples: Sequence[TrainingData], n_used: int, rows: Sequence[Row], refusals: Sequence[Refusal], template: ChatTemplate
+) -> DataReport:
+    """The counts that are printed before the first step."""
+    by_role: Counter[str] = Counter()
+    for row in rows:
+        by_role.update(row.trained_by_role)
+    has_tools = any(sample.tools or any(message.tool_calls for message in sample.messages) for sample in samples)
+    native = template.abilities.arguments is not None
+    return DataReport(
+        samples=len(samples),
+        samples_used=n_used,
+        rows=len(rows),
+        n_tokens=sum(len(row.ids) for row in rows),
+        n_supervised_tokens=sum(row.n_supervised for row in rows),
+        trained_by_role=dict(by_role),
+        turns=sum(row.n_turns for row in rows),
+        stops_trained=sum(row.n_stops for row in rows),
+        calls_recorded=sum(row.n_calls_recorded for row in rows),
+        calls_rendered=sum(row.n_calls_rendered for row in rows),
+        refused=dict(sorted(Counter(refusal.reason for refusal in refusals).items())),
+        tools_rendered_by=("template" if native else "fallback") if has_tools else "none",
+    )

@@ -1,0 +1,174 @@
+"""One training from its arguments to a finished adapter folder.
+
+The folder appears only when everything in it is whole: weights, PEFT configuration, model card, training record. A run that fails
+leaves nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import fields
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from loraloop import base_model
+from loraloop.chat.template import ChatTemplate
+from loraloop.files import file_sha256, new_directory, write_atomic, write_json
+from loraloop.train import loop
+from loraloop.train.arguments import TrainArguments
+from loraloop.train.data import RowSet, build_rows, read_samples
+from loraloop.train.model_card import model_card
+from loraloop.training_record import RECORD_FILE, RefusedSample, TrainingEvent, TrainingRecord
+
+Emit = Callable[[TrainingEvent], None]
+
+
+def run(arguments: TrainArguments, emit: Emit) -> TrainingRecord:
+    """Train and save. Raises FileExistsError when the output folder holds something, and a LoraLoopError otherwise."""
+    started = time.monotonic()
+    if arguments.output.exists() and any(arguments.output.iterdir()):
+        raise FileExistsError(f"--output {arguments.output} holds something already; give a folder that does not exist")
+    samples = read_samples(arguments.data)
+    held_out_samples = read_samples(arguments.held_out) if arguments.held_out else []
+    base = base_model.resolve_base(arguments.model, lambda text: emit(TrainingEvent(event="note", message=text)))
+    tokenizer = base_model.load_tokenizer(base)
+    template = ChatTemplate(tokenizer)
+    rows = build_rows(samples, template, arguments.max_seq_length)
+    emit(TrainingEvent(event="data", data=rows.report))
+    held_out = build_rows(held_out_samples, template, arguments.max_seq_length).rows if held_out_samples else []
+    measured = _first_tokens(held_out, arguments.held_out_tokens)
+
+    device = base_model.choose_device()
+    dtype = base_model.choose_dtype(arguments.dtype, device)
+    emit(TrainingEvent(event="note", message=f"base {base.name} in {dtype} on {device}"))
+    model = base_model.load_model(base, dtype).to(device)
+    model = loop.new_adapter(model, arguments.rank, arguments.alpha, arguments.dropout, arguments.seed)
+    _use_checkpointing(model, rows, emit)
+    before = _measure(model, measured, arguments, emit, "before")
+    history = loop.train(model, rows.rows, _loop_settings(arguments), emit)
+    after = _measure(model, measured, arguments, emit, "after")
+
+    record = TrainingRecord(
+        base_model=base.name,
+        base_sha256=base.sha256,
+        base_source=base.source,
+        data_sha256=file_sha256(arguments.data),
+        held_out_sha256=file_sha256(arguments.held_out) if arguments.held_out else None,
+        settings={field.name: _plain(getattr(arguments, field.name)) for field in fields(arguments) if field.name not in _PATHS},
+        seed=arguments.seed,
+        dtype=dtype,
+        device=device,
+        versions=_versions(),
+        data=rows.report,
+        used_episode_ids=rows.used_episode_ids(),
+        refused=[RefusedSample(episode_id=r.episode_id, reason=r.reason, detail=r.detail) for r in rows.refusals],
+        steps=len(history),
+        final_loss=_final_loss(history),
+        held_out_loss_before=before,
+        held_out_loss_after=after,
+        held_out_rows=len(measured),
+        loss_history=history,
+        training_time_secs=round(time.monotonic() - started, 3),
+        peak_memory_mb=loop.peak_memory_mb(),
+        gpu_memory_mb=_gpu_memory_mb(device),
+    )
+    _save(model, base, record, arguments.output)
+    emit(TrainingEvent(event="saved", message=str(arguments.output)))
+    return record
+
+
+_PATHS = ("data", "output", "held_out")
+
+
+def _save(model: Any, base: base_model.BaseModel, record: TrainingRecord, output: Path) -> None:
+    """Fill the adapter's folder aside and put it in place in one step."""
+    model.peft_config["default"].base_model_name_or_path = base.name  # PEFT would write this machine's path
+    with new_directory(output) as folder:
+        model.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)
+        write_atomic(folder / "README.md", model_card(record))
+        write_json(folder / RECORD_FILE, record.model_dump(mode="json"))
+        for file in folder.iterdir():
+            os.chmod(file, 0o644)  # PEFT makes the weights unreadable to others, so that a server under another user fails
+
+
+def _measure(model: Any, rows: list[Any], arguments: TrainArguments, emit: Emit, when: str) -> float | None:
+    if not rows:
+        return None
+    loss = loop.mean_loss(model, rows, arguments.batch_size)
+    emit(TrainingEvent(event="held_out", message=when, loss=loss))
+    return loss
+
+
+def _first_tokens(rows: list[Any], limit: int) -> list[Any]:
+    """The first rows with no more than `limit` tokens together, at least one."""
+    chosen, total = [], 0
+    for row in rows:
+        if chosen and total + len(row.ids) > limit:
+            break
+        chosen.append(row)
+        total += len(row.ids)
+    return chosen
+
+
+def _use_checkpointing(model: Any, rows: RowSet, emit: Emit) -> None:
+    """Recompute activations in the backward pass when keeping them would take more than half of the free memory."""
+    config = model.get_base_model().config
+    hidden, layers = config.hidden_size, config.num_hidden_layers
+    width = getattr(config, "intermediate_size", 4 * hidden) or 4 * hidden
+    n_bytes = layers * 4 * (30 * hidden + 8 * width)  # kept by PEFT's forward for one token, in float32 (docs/lab-book.md)
+    longest = max(len(row.ids) for row in rows.rows)
+    need = n_bytes * max(longest, min(loop.MICRO_BATCH_TOKENS, sum(len(row.ids) for row in rows.rows)))
+    free = _free_memory()
+    if free is not None and need > free // 2:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        emit(TrainingEvent(event="note", message=f"recomputing activations: keeping them would take {need >> 20} of {free >> 20} MB free"))
+
+
+def _free_memory() -> int | None:
+    """Bytes that can be had without swapping, or None where the system does not say."""
+    import torch
+
+    if torch.cuda.is_available():
+        return int(torch.cuda.mem_get_info()[0])
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+
+
+def _loop_settings(arguments: TrainArguments) -> loop.LoopSettings:
+    return loop.LoopSettings(
+        epochs=arguments.epochs,
+        batch_size=arguments.batch_size,
+        gradient_accumulation=arguments.grad_accum,
+        learning_rate=arguments.lr,
+        warmup_ratio=arguments.warmup_ratio,
+        max_grad_norm=arguments.max_grad_norm,
+        max_steps=arguments.max_steps,
+        seed=arguments.seed,
+    )
+
+
+def _final_loss(history: list[tuple[int, float]]) -> float | None:
+    tail = [loss for _, loss in history[-max(1, len(history) // 10) :]]
+    return sum(tail) / len(tail) if tail else None
+
+
+def _gpu_memory_mb(device: str) -> int | None:
+    import torch
+
+    return torch.cuda.max_memory_allocated() >> 20 if device == "cuda" else None
+
+
+def _versions() -> dict[str, str]:
+    names = ("loraloop", "torch", "transformers", "peft", "tokenizers", "safetensors")
+    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+
+
+def _plain(value: object) -> str | int | float | bool | None:
+    return value if isinstance(value, str | int | float | bool | None) else str(value)

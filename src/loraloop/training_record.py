@@ -1,0 +1,93 @@
+"""What a training process tells: events while it runs, and a record beside the adapter when it has ended.
+
+Events are JSON objects, one a line, on the process's standard output; any other line there is log. The record is
+`training_record.json` in the adapter's folder: enough to trace every sample and to train the same again.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import ConfigDict, Field
+
+from loraloop.episode import Frozen
+
+RECORD_FILE = "training_record.json"
+
+
+class DataReport(Frozen):
+    """What the data became for the base model's template; printed before the first step."""
+
+    samples: int
+    samples_used: int
+    """Those that gave at least one row."""
+    rows: int
+    """Sequences trained on; a sample longer than the limit becomes several."""
+    n_tokens: int
+    n_supervised_tokens: int
+    trained_by_role: dict[str, int]
+    turns: int
+    """Agent turns that carry loss."""
+    stops_trained: int
+    calls_recorded: int
+    calls_rendered: int
+    refused: dict[str, int] = Field(default_factory=dict)
+    tools_rendered_by: Literal["template", "fallback", "none"] = "none"
+
+
+class TrainingEvent(Frozen):
+    """One thing that happened; fields that do not apply are None."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    event: Literal["note", "warning", "data", "held_out", "step", "saved"]
+    message: str | None = None
+    data: DataReport | None = None
+    step: int | None = None
+    steps: int | None = None
+    epoch: int | None = None
+    loss: float | None = None
+    learning_rate: float | None = None
+    tokens_per_s: float | None = None
+    eta_s: float | None = None
+    memory_mb: int | None = None
+
+
+class RefusedSample(Frozen):
+    """A sample, or one turn of it, that was left out."""
+
+    episode_id: str | None
+    reason: str
+    detail: str
+
+
+class TrainingRecord(Frozen):
+    """Everything about one finished training."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    schema_version: int = 1
+    base_model: str
+    base_sha256: str
+    base_source: str
+    data_sha256: str
+    held_out_sha256: str | None
+    settings: dict[str, str | int | float | bool | None]
+    seed: int
+    dtype: str
+    device: str
+    versions: dict[str, str]
+    data: DataReport
+    used_episode_ids: list[str]
+    refused: list[RefusedSample]
+    steps: int
+    final_loss: float | None
+    """Mean loss of the last tenth of the steps."""
+    held_out_loss_before: float | None
+    held_out_loss_after: float | None
+    held_out_rows: int
+    loss_history: list[tuple[int, float]]
+    """(step, loss) for every step."""
+    training_time_secs: float
+    peak_memory_mb: int
+    gpu_memory_mb: int | None
