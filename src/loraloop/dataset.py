@@ -6,6 +6,7 @@ written last; a folder without one is not a dataset.
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from pydantic import ValidationError
 
 from loraloop.episode import Episode, Frozen
 from loraloop.errors import DatasetError, EmptyData
-from loraloop.files import content_hash, file_sha256, new_directory, read_jsonl, write_json, write_jsonl
+from loraloop.files import content_hash, file_sha256, json_line, new_directory, read_jsonl, write_json, write_jsonl
 from loraloop.plugins import LearnModel
 from loraloop.training_data import Refusal, TrainingData, split_by_task
 
@@ -72,29 +73,19 @@ def freeze(
 
     Samples are ordered by episode id, so the order of `episodes` does not matter. Raises EmptyData when nothing is left to train on.
     """
-    samples: list[TrainingData] = []
-    refusals: list[Refusal] = []
-    n_episodes = 0
-    for episode in episodes:
-        n_episodes += 1
-        converted = learn_model.convert(episode)
-        if isinstance(converted, Refusal):
-            refusals.append(converted)
-        else:
-            samples.append(converted)
+    samples, refusals = _convert(episodes, learn_model)
+    n_episodes = len(samples) + len(refusals)
     counts = dict(sorted(Counter(refusal.reason for refusal in refusals).items()))
     if not samples:
         raise EmptyData(f"none of {n_episodes} episodes gives a sample for {learn_model.name!r}", counts)
-    samples.sort(key=lambda sample: str(sample.episode_id))
-    refusals.sort(key=lambda refusal: str(refusal.episode_id))
     training, held_out = split_by_task(samples, held_out_fraction, min_tasks)
     lines = [[sample.to_line() for sample in part] for part in (training, held_out)]
     refused = [refusal.model_dump(mode="json") for refusal in refusals]
-    dataset_id = content_hash([learn_model.name, *lines, refused], 24)
+    dataset_id = content_hash([learn_model.name, [[json_line(line) for line in part] for part in (*lines, refused)]], 24)
     path = directory / dataset_id
     if (path / MANIFEST_FILE).exists():
         return open_dataset(path)
-    with new_directory(path) as folder:
+    with contextlib.suppress(FileExistsError), new_directory(path) as folder:  # another process may have been faster
         for name, rows in ((TRAIN_FILE, lines[0]), (HELD_OUT_FILE, lines[1]), (REFUSED_FILE, refused)):
             write_jsonl(folder / name, rows)
         manifest = DatasetManifest(
@@ -111,7 +102,7 @@ def freeze(
             sha256={name: file_sha256(folder / name) for name in (TRAIN_FILE, HELD_OUT_FILE, REFUSED_FILE)},
         )
         write_json(folder / MANIFEST_FILE, manifest.model_dump(mode="json"))
-    return Dataset(path=path, manifest=manifest)
+    return open_dataset(path)
 
 
 def open_dataset(path: Path) -> Dataset:
@@ -130,8 +121,24 @@ def open_dataset(path: Path) -> Dataset:
 
 def list_datasets(directory: Path) -> list[Dataset]:
     """The datasets under `directory`, oldest first."""
-    manifests = sorted(directory.glob(f"*/{MANIFEST_FILE}"), key=lambda file: (file.stat().st_mtime_ns, file.parent.name))
+    found = (file for file in directory.glob(f"*/{MANIFEST_FILE}") if not file.parent.name.startswith("."))  # those a kill left aside
+    manifests = sorted(found, key=lambda file: (file.stat().st_mtime_ns, file.parent.name))
     return [open_dataset(file.parent) for file in manifests]
+
+
+def _convert(episodes: Iterable[Episode], learn_model: LearnModel) -> tuple[list[TrainingData], list[Refusal]]:
+    """The sample or refusal of each episode, ordered by episode id."""
+    samples: list[TrainingData] = []
+    refusals: list[Refusal] = []
+    for episode in episodes:
+        converted = learn_model.convert(episode)
+        if isinstance(converted, Refusal):
+            refusals.append(converted)
+        else:
+            samples.append(converted)
+    samples.sort(key=lambda sample: str(sample.episode_id))
+    refusals.sort(key=lambda refusal: str(refusal.episode_id))
+    return samples, refusals
 
 
 def _count_tasks(samples: Sequence[TrainingData]) -> int:

@@ -5,6 +5,7 @@ A reader never sees half a file that this module wrote, and nothing here overwri
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -36,11 +37,14 @@ def file_sha256(path: Path) -> str:
 
 
 def write_atomic(path: Path, text: str) -> None:
-    """Write `text` so that `path` holds either its old content or all of the new."""
+    """Write `text` so that `path` holds either its old content or all of the new.
+
+    A lone surrogate, which UTF-8 cannot hold (a cut-off emoji leaves one), is written as the escape that JSON has for it.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, aside = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
+        with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
@@ -49,7 +53,7 @@ def write_atomic(path: Path, text: str) -> None:
     except BaseException:
         Path(aside).unlink(missing_ok=True)
         raise
-    _sync_directory(path.parent)
+    _sync(path.parent)
 
 
 def write_json(path: Path, value: object) -> None:
@@ -57,14 +61,19 @@ def write_json(path: Path, value: object) -> None:
     write_atomic(path, json.dumps(value, ensure_ascii=False, sort_keys=True, indent=2, allow_nan=False) + "\n")
 
 
+def json_line(value: object) -> str:
+    """`value` as one line of JSON, keys in their own order: a chat template renders a tool schema in the order it is given."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+
+
 def write_jsonl(path: Path, rows: Iterable[object]) -> None:
-    """One canonical JSON object per line, atomically."""
-    write_atomic(path, "".join(canonical_json(row) + "\n" for row in rows))
+    """One JSON object per line, atomically, the keys of each in their own order."""
+    write_atomic(path, "".join(json_line(row) + "\n" for row in rows))
 
 
 def read_jsonl(path: Path) -> Iterator[Any]:
     """The values of a JSON Lines file, in order, blank lines skipped; raises ValueError naming the file and line."""
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
@@ -72,6 +81,8 @@ def read_jsonl(path: Path) -> Iterator[Any]:
                 yield json.loads(line)
             except json.JSONDecodeError as error:
                 raise ValueError(f"{path}, line {number}: not JSON ({error.msg} at column {error.colno})") from error
+            except (ValueError, RecursionError) as error:  # bytes that are not UTF-8, numbers or nesting beyond every limit
+                raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
 
 
 @contextmanager
@@ -86,24 +97,33 @@ def new_directory(path: Path) -> Iterator[Path]:
     aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
         yield aside
-        for file in aside.rglob("*"):
-            if file.is_file():
-                _sync_file(file)
+        for entry in (*aside.rglob("*"), aside):
+            if not entry.is_symlink():
+                _sync(entry)
         os.chmod(aside, 0o755)
-        os.rename(aside, path)
+        _move(aside, path)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
-    _sync_directory(path.parent)
+    _sync(path.parent)
 
 
-def _sync_file(path: Path) -> None:
+def _move(aside: Path, path: Path) -> None:
+    """Rename a directory to where nothing is; the system itself would replace an empty directory, and say ENOTEMPTY for another."""
+    if path.exists():
+        raise FileExistsError(f"{path} exists already")
+    try:
+        os.rename(aside, path)
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise FileExistsError(f"{path} exists already") from error
+        raise
+
+
+def _sync(path: Path) -> None:
+    """Put a file's bytes, or a directory's entries, on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _sync_directory(path: Path) -> None:
-    _sync_file(path)

@@ -37,7 +37,7 @@ class SortableId(str):
     @classmethod
     def parse(cls, text: str) -> Self:
         """`text` as an id; raises ValueError when it has another form."""
-        if not re.fullmatch(rf"{cls.prefix}-\d{{13}}-[0-9a-f]{{8,32}}", text):
+        if not re.fullmatch(rf"{cls.prefix}-[0-9]{{13}}-[0-9a-f]{{8,32}}", text):
             raise ValueError(f"{text!r} is not a {cls.__name__}; expected {cls.prefix}-<unix ms>-<hex digits>")
         return cls(text)
 
@@ -57,7 +57,7 @@ class SortableId(str):
 
 
 def _next_token() -> tuple[int, int]:
-    """(ms, 32 bits): the bits are pid and a counter within the millisecond, mixed with the machine's name."""
+    """(ms, 32 bits): pid, mixed with the machine's name, above a counter within the millisecond, so that text order is order of making."""
     with _lock:
         ms = max(time.time_ns() // 1_000_000, _last[0])
         if ms > _last[0]:
@@ -66,5 +66,5 @@ def _next_token() -> tuple[int, int]:
             _last[:] = [ms + 1, 0]
         ms, counter = _last
         _last[1] += 1
-    pid = os.getpid() & ((1 << _PID_BITS) - 1)
-    return ms, ((pid << _COUNTER_BITS) | counter) ^ zlib.crc32(socket.gethostname().encode())
+    process = (os.getpid() ^ zlib.crc32(socket.gethostname().encode())) & ((1 << _PID_BITS) - 1)
+    return ms, (process << _COUNTER_BITS) | counter

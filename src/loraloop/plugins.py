@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Iterator, Sequence
-from importlib.metadata import entry_points
+from functools import lru_cache
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
@@ -109,15 +110,21 @@ class Importer(Protocol):
 
 def list_names(kind: PluginKind) -> list[str]:
     """The names that `find` knows, sorted."""
-    return sorted({point.name for point in entry_points(group=f"loraloop.{kind}")})
+    return sorted({point.name for point in _entry_points(kind)})
 
 
 def find(kind: PluginKind, name: str) -> Any:
     """The class behind `name`. Raises SettingsError naming those that are known, and the nearest."""
-    for point in entry_points(group=f"loraloop.{kind}"):
+    for point in _entry_points(kind):
         if point.name == name:
             return point.load()
     known = list_names(kind)
     near = difflib.get_close_matches(name, known, n=1)
     hint = f" Did you mean {near[0]}?" if near else ""
     raise SettingsError(f"no {kind.removesuffix('s').replace('_', ' ')} named {name!r}; known: {', '.join(known)}.{hint}")
+
+
+@lru_cache
+def _entry_points(kind: PluginKind) -> tuple[EntryPoint, ...]:
+    """Read once: looking through every installed distribution takes a while."""
+    return tuple(entry_points(group=f"loraloop.{kind}"))

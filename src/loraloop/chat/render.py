@@ -1,26 +1,35 @@
 """Messages to token ids and loss weights: only the agent's own tokens carry loss, and the stop token that ends its turn does.
 
 `render` gives the rows that a sample becomes for one chat template. Usually that is one row, the template's own rendering of the
-whole conversation. It is several when the conversation is longer than `max_length` (windows, cut at turn boundaries, the system
-turn and tools kept; every agent turn is trained once, in the window that gives it most context), or when the template changes
-earlier turns once later ones are there (one row an agent turn). What cannot be rendered exactly is refused with a reason.
+whole conversation up to the last turn to learn. It is several when the conversation is longer than `max_length`, or when the
+template changes earlier turns once later ones are there. Each is then a window: the leading system turns and the tools, and behind
+them turns in a row, cut at turn boundaries, never beginning with a tool result. Every agent turn is trained once, in the first
+window that holds it, which begins the earliest and so shows it the most of what came before.
 
-Guarantees, checked on every row by `check_row`: no token of another author has weight; every trained turn ends in a trained special
-token; every recorded tool call of a trained turn stands in its text.
+A turn is trained behind the very prompt that the template would give the model there; what cannot be rendered so is refused with a
+reason. `check_row` proves each row: no token of another author has weight, every trained turn ends in a trained special token,
+every recorded tool call of a trained turn stands in its text.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Sequence
+import json
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import accumulate, groupby
 
-from loraloop.chat.template import ChatTemplate, Turn
+from loraloop.chat.template import ChatTemplate, Turn, Words
 from loraloop.episode import Message
 from loraloop.errors import RenderError
 from loraloop.training_data import Refusal, TrainingData
 
 ROLES = ("system", "user", "assistant", "tool")
+MOST_CHARACTERS_A_TOKEN = 8
+"""Text with more characters than this for each token of room is not tokenised in the hope that it fits."""
+SAMPLE = 24
+"""Characters at the beginning or end of a turn by which its words are known again."""
 
 
 @dataclass(frozen=True)
@@ -47,16 +56,17 @@ class Row:
 
 
 def render(template: ChatTemplate, sample: TrainingData, max_length: int) -> tuple[list[Row], list[Refusal]]:
-    """The rows of an sft sample, and what had to be left out of it.
+    """The rows of an sft sample, each of at most `max_length` tokens, and what had to be left out of it.
 
-    A refusal is for a whole sample (`template_error`, `no_agent_turn`) or for one agent turn that does not fit even alone with the
-    system turn (`turn_too_long`).
+    A whole sample is refused as `no_agent_turn` or `template_error` (the template's own complaint is the detail), a single turn as
+    `turn_too_long` (it does not fit even right behind the system turn), `prompt_differs` (the template renders what precedes the
+    turn otherwise once it is there) or `special_token_text` (the agent wrote the text of a special token, which would be read as
+    the token itself; as context such text stays, as it does when the model is served).
     """
     if not any(message.is_agent and message.weight > 0 for message in sample.messages):
         return [], [_refuse(sample, "no_agent_turn", "no turn of the agent's own has a weight above 0")]
     try:
-        source = _Source(template, sample)
-        return _windows(source, max_length)
+        return _windows(_Source(template, sample), max_length)
     except RenderError as error:
         return [], [_refuse(sample, "template_error", str(error))]
 
@@ -74,201 +84,254 @@ def check_row(row: Row) -> list[str]:
     return findings
 
 
+# --- windows ----------------------------------------------------------------------------------------------------------------
+
+
+def _windows(source: _Source, max_length: int) -> tuple[list[Row], list[Refusal]]:
+    """Rows that train each agent turn once: as many turns in a row as fit and as the template allows."""
+    rows: list[Row] = []
+    refusals = [source.refuse(index, "special_token_text", f"it holds {text}") for index, text in source.special.items()]
+    waiting = source.trained
+    from_the_head = True  # until a turn does not fit behind all that came before it; later ones do so even less
+    while waiting:
+        start: int | None = source.n_head
+        spans = _fill(source, source.n_head, waiting, max_length) if from_the_head else []
+        if not spans:
+            from_the_head = False
+            start, spans = _best_window(source, waiting, max_length)
+        if start is None:
+            refusals.append(source.refuse(waiting[0], "turn_too_long", f"it does not fit into {max_length} tokens"))
+        elif not spans:
+            detail = "once it is there, the template renders what precedes it otherwise than in the model's prompt"
+            refusals.append(source.refuse(waiting[0], "prompt_differs", detail))
+        else:
+            rows.append(source.row(start, spans))
+        waiting = waiting[max(len(spans), 1) :]
+        source.forget()
+    return rows, refusals
+
+
+def _best_window(source: _Source, waiting: Sequence[int], max_length: int) -> tuple[int | None, list[_Span]]:
+    """(start, what is trained) of a window that trains the first of `waiting` and those behind it; start None when it fits nowhere.
+
+    The window that begins the earliest shows that turn the most, but has little room for those behind it. So one is tried that
+    leaves half of the free room to them, and taken when it trains more.
+    """
+    earliest = _earliest_start(source, waiting[0], max_length)
+    if earliest is None:
+        return None, []
+    spans = _fill(source, earliest, waiting, max_length)
+    least = source.n_tokens(source.starts(waiting[0])[-1], waiting[0])
+    half = _earliest_start(source, waiting[0], (least + max_length) // 2)
+    if spans and half is not None and half != earliest:
+        more = _fill(source, half, waiting, max_length)
+        if len(more) > len(spans):
+            return half, more
+    return earliest, spans
+
+
+def _earliest_start(source: _Source, index: int, room: int) -> int | None:
+    """The earliest turn from which the window through turn `index` has at most `room` tokens."""
+    starts = source.starts(index)
+    count = _largest(lambda number: source.n_tokens(starts[-number], index) <= room, len(starts))
+    return starts[-count] if count else None
+
+
+def _fill(source: _Source, start: int, waiting: Sequence[int], max_length: int) -> list[_Span]:
+    """Where the agent's words stand in a window from `start` that trains as many of `waiting` as fit and stay unchanged."""
+    spans: list[_Span] = []
+    before = ""
+
+    def holds(count: int) -> bool:
+        nonlocal before
+        for index in waiting[len(spans) : count]:
+            words = source.find_words(start, index)
+            if words is None or not words.text.startswith(before) or words.start < len(before):
+                return False  # prompts that are prefixes of one another are all prefixes of the last turn's rendering
+            before = words.text[: words.end]
+            spans.append(_Span(index, words.start, words.end))
+        return source.n_tokens(start, waiting[count - 1]) <= max_length
+
+    likely = source.n_characters(start, waiting[-1]) <= MOST_CHARACTERS_A_TOKEN * max_length
+    count = len(waiting) if likely and holds(len(waiting)) else _largest(holds, len(waiting))
+    return spans[:count]
+
+
+def _largest(holds: Callable[[int], bool], n: int) -> int:
+    """The largest number up to `n` that holds, where every smaller one does too; 0 when none does. Doubles, then halves."""
+    low, high = 0, min(1, n)
+    while low < high and holds(high):
+        low, high = high, min(2 * high, n)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if holds(middle) else (low, middle)
+    return low
+
+
+# --- one sample in one template ---------------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class _Span:
-    """The characters that the agent wrote in one turn, up to and with its stop token."""
+    """The characters that the agent wrote in one turn of a window, up to and with its stop token."""
 
     turn: int
     start: int
     end: int
 
 
+@dataclass(frozen=True)
+class _Encoded:
+    text: str
+    ids: list[int]  # (tokens,)
+    offsets: list[tuple[int, int]]  # (tokens,) each token's (start, end) in characters, in order
+
+    def tokens_within(self, span: _Span) -> list[int]:
+        """Tokens that lie wholly in `span`; one that straddles its border belongs to what came before."""
+        first, end = bisect_left(self.offsets, (span.start,)), bisect_left(self.offsets, (span.end,))
+        return [token for token in range(first, end) if self.offsets[token][0] < self.offsets[token][1] <= span.end]
+
+
 class _Source:
-    """A sample prepared for a template: its turns, and any piece of it rendered on demand."""
+    """A sample prepared for a template: its turns, and any window of it rendered on demand."""
 
     def __init__(self, template: ChatTemplate, sample: TrainingData) -> None:
         self.template = template
         self.sample = sample
         self.turns, self.tools = template.prepare(sample.messages, sample.tools)
-        added = len(self.turns) - len(sample.messages)
-        self.messages: list[Message | None] = [None] * added + list(sample.messages)
-        self.n_head = added + (1 if sample.messages[0].role == "system" else 0)
+        self.n_added = len(self.turns) - len(sample.messages)
+        self.messages: list[Message | None] = [None] * self.n_added + list(sample.messages)
+        self.n_head = next(index for index, turn in enumerate(self.turns) if turn["role"] != "system")
         """How many turns at the front belong to every window."""
-        self.trained = [
-            index for index, message in enumerate(self.messages) if message is not None and message.is_agent and message.weight > 0
-        ]
+        own = [index for index, message in enumerate(self.messages) if message and message.is_agent and message.weight > 0]
+        found = ((index, template.special_text_in(self.turns[index])) for index in own)
+        self.special = {index: text for index, text in found if text is not None}
+        self.trained = [index for index in own if index not in self.special]
+        self.agent_may_open = template.abilities.agent_opens_with_tools if self.tools else template.abilities.agent_opens
+        if self.turns[self.n_head]["role"] == "assistant" and not self.agent_may_open:
+            raise RenderError("the chat template cannot begin a conversation with an agent turn")
+        self._characters = [0, *accumulate(len(str(turn)) for turn in self.turns)]
+        self._encoded: dict[tuple[int, int], _Encoded] = {}
 
-    def row(self, first: int, trained: Sequence[int]) -> Row:
-        """The head, then the turns from `first` to the last of `trained`, of which `trained` carry loss."""
-        keep = [*range(self.n_head), *range(max(first, self.n_head), trained[-1] + 1)]
-        turns = [self.turns[index] for index in keep]
-        text = self.template.text(turns, self.tools)
-        spans = [_find_span(self.template, turns, self.tools, text, keep.index(index)) for index in trained]
-        ids, offsets = self.template.encode(text)
-        weights = [0.0] * len(ids)
+    def starts(self, index: int) -> list[int]:
+        """The turns at which a window through turn `index` may begin: never a tool result, whose call would be missing."""
+        roles = {"system", "user", "assistant"} if self.agent_may_open else {"user"}
+        behind = ((start, self.messages[start]) for start in range(self.n_head + 1, index + 1))
+        return [self.n_head, *(start for start, message in behind if message and message.role in roles)]
+
+    def find_words(self, start: int, index: int) -> Words | None:
+        """`ChatTemplate.find_words` for turn `index` of a window."""
+        return self.template.find_words(self._cut(self.turns, start, index + 1), self.tools)
+
+    def encoded(self, start: int, last: int) -> _Encoded:
+        """The window from `start` through turn `last` as tokens; kept until `forget`."""
+        if (start, last) not in self._encoded:
+            text = self.template.text(self._cut(self.turns, start, last + 1), self.tools)
+            self._encoded[start, last] = _Encoded(text, *self.template.encode(text))
+        return self._encoded[start, last]
+
+    def forget(self) -> None:
+        """Drop what `encoded` kept."""
+        self._encoded.clear()
+
+    def n_tokens(self, start: int, last: int) -> int:
+        """The length of the window from `start` through turn `last`."""
+        return len(self.encoded(start, last).ids)
+
+    def n_characters(self, start: int, last: int) -> int:
+        """About how long the window's text is, without rendering it."""
+        return self._characters[self.n_head] + self._characters[last + 1] - self._characters[start]
+
+    def row(self, start: int, spans: Sequence[_Span]) -> Row:
+        """The window from `start` through the last of `spans`, of which `spans` carry loss."""
+        last = spans[-1].turn
+        encoded = self.encoded(start, last)
+        weights = [0.0] * len(encoded.ids)
+        n_stops = 0
         for span in spans:
-            message = self.messages[keep[span.turn]]
-            weight = (message.weight if message else 0.0) * self.sample.weight
-            for token in _tokens_within(offsets, span.start, span.end):
-                weights[token] = weight
-        stops = sum(any(weights[token] for token in _tokens_ending(offsets, span.end)) for span in spans)
-        recorded, rendered = _count_calls(self, keep, text, spans)
+            message = self.messages[span.turn]
+            tokens = encoded.tokens_within(span)
+            for token in tokens:
+                weights[token] = (message.weight if message else 0.0) * self.sample.weight
+            n_stops += bool(tokens) and encoded.offsets[tokens[-1]][1] == span.end and weights[tokens[-1]] > 0
+        recorded, rendered = self._count_calls(encoded.text, spans)
         return Row(
-            ids=ids,
+            ids=encoded.ids,
             weights=weights,
-            text=text,
+            text=encoded.text,
             episode_id=str(self.sample.episode_id) if self.sample.episode_id else None,
-            trained_by_role=_trained_by_role(text, turns, [self.messages[i] for i in keep], spans, offsets, weights),
+            trained_by_role=self._trained_by_role(start, last, encoded, weights),
             n_turns=len(spans),
-            n_stops=stops,
+            n_stops=n_stops,
             n_calls_recorded=recorded,
             n_calls_rendered=rendered,
         )
 
+    def refuse(self, index: int, reason: str, detail: str) -> Refusal:
+        """The refusal of one turn."""
+        return _refuse(self.sample, reason, f"turn {index - self.n_added}: {detail}")
 
-def _windows(source: _Source, max_length: int) -> tuple[list[Row], list[Refusal]]:
-    """Rows that train each agent turn once: as many turns in a row as fit and as the template allows."""
-    rows: list[Row] = []
-    refusals: list[Refusal] = []
-    waiting = list(source.trained)
-    while waiting:
-        row, taken = _next_window(source, waiting, max_length, first_window=not rows and not refusals)
-        if row is not None:
-            rows.append(row)
-        else:
-            reason = f"turn {waiting[0] - len(source.messages) + len(source.sample.messages)} does not fit into {max_length} tokens"
-            refusals.append(_refuse(source.sample, "turn_too_long", reason))
-        waiting = waiting[taken:]
-    return rows, refusals
+    def _cut(self, turns: Sequence[Turn], start: int, stop: int) -> list[Turn]:
+        """The head and the turns from `start` up to, not with, `stop`."""
+        return [*turns[: self.n_head], *turns[start:stop]]
 
+    def _trained_by_role(self, start: int, last: int, encoded: _Encoded, weights: Sequence[float]) -> dict[str, int]:
+        """Trained tokens by the role of who wrote them.
 
-def _next_window(source: _Source, waiting: list[int], max_length: int, *, first_window: bool) -> tuple[Row | None, int]:
-    """(row, how many of `waiting` it trains); (None, 1) when the first of them fits nowhere.
+        A proof that does not lean on the spans: the window is rendered again with the words of all others replaced, and whatever
+        is trained must be there still. What is not, and holds words of another, is that other's.
+        """
+        counts = dict.fromkeys(ROLES, 0)
+        masked = self.template.text(self._cut(self._masked_turns, start, last + 1), self.tools)
+        cursor = 0
+        for is_trained, run in groupby(zip(encoded.offsets, weights, strict=True), key=lambda pair: pair[1] > 0):
+            if not is_trained:
+                continue
+            tokens = [offsets for offsets, _ in run]
+            piece = encoded.text[tokens[0][0] : tokens[-1][1]]
+            found = masked.find(piece, cursor)
+            cursor = found + len(piece) if found >= 0 else cursor
+            counts["assistant" if found >= 0 else self._author(piece)] += len(tokens)
+        return counts
 
-    The first window starts at the start. A later one leaves about half of its length to what came before its first trained turn.
-    """
-    starts = [start for start in range(source.n_head, waiting[0] + 1) if _may_start(source, start)]
-    for start in [source.n_head] if first_window else starts:
-        if first_window or _fits(source, start, waiting[:1], max_length // 2) or start == waiting[0]:
-            best = _longest(source, start, waiting, max_length)
-            if best is not None:
-                return best
-    for start in starts:  # no window leaves half its length free: take the most context that still fits
-        best = _longest(source, start, waiting, max_length)
-        if best is not None:
-            return best
-    return None, 1
+    def _author(self, piece: str) -> str:
+        """The role of another whose words `piece` holds, whole or in part; a demonstration is context, like a user turn."""
+        for turn, message in zip(self.turns, self.messages, strict=True):
+            words = str(turn["content"]).strip()
+            if not (message and message.is_agent) and words and any(part in piece for part in (words[:SAMPLE], words[-SAMPLE:])):
+                return "user" if turn["role"] == "assistant" else str(message.role if message else "system")
+        return "assistant"
 
+    @cached_property
+    def _masked_turns(self) -> list[Turn]:
+        """The turns with the words of everybody but the agent replaced."""
+        messages = [_mask(message, f"masked words {index}") for index, message in enumerate(self.sample.messages)]
+        turns, _ = self.template.prepare(messages, self.sample.tools)
+        return [{**turn, "content": "masked tools"} for turn in turns[: self.n_added]] + turns[self.n_added :]
 
-def _longest(source: _Source, start: int, waiting: list[int], max_length: int) -> tuple[Row, int] | None:
-    """The row from `start` with the most of `waiting` that fits and renders with its earlier turns unchanged."""
-    low, high, best = 1, len(waiting), None
-    while low <= high:  # length grows with the number of turns, so halve
-        middle = (low + high) // 2 if best or low < high else low
-        try:
-            row: Row | None = source.row(start, waiting[:middle])
-        except _PrefixBroken:
-            row = None
-        if row is not None and len(row.ids) <= max_length:
-            best, low = (row, middle), middle + 1
-        else:
-            high = middle - 1
-    return best
-
-
-def _fits(source: _Source, start: int, trained: list[int], max_length: int) -> bool:
-    return _longest(source, start, trained, max_length) is not None
-
-
-def _may_start(source: _Source, index: int) -> bool:
-    """A window never begins with a tool result, whose call would be missing."""
-    message = source.messages[index]
-    return message is not None and message.role != "tool"
+    def _count_calls(self, text: str, spans: Sequence[_Span]) -> tuple[int, int]:
+        """(tool calls recorded in the trained turns, those whose name stands in their turn's trained text)."""
+        recorded = rendered = 0
+        for span in spans:
+            message = self.messages[span.turn]
+            cursor = span.start
+            for call in message.tool_calls if message else ():
+                recorded += 1
+                found = text.find(call.function.name, cursor, span.end)
+                if found >= 0:
+                    rendered += 1
+                    cursor = found + len(call.function.name)
+        return recorded, rendered
 
 
-class _PrefixBroken(RenderError):
-    """The template renders an earlier turn otherwise once later ones follow."""
-
-
-def _find_span(template: ChatTemplate, turns: Sequence[Turn], tools: Sequence[object], text: str, index: int) -> _Span:
-    """Where the agent's words of turn `index` stand in `text`, the rendering of all `turns`."""
-    through = template.text(turns[: index + 1], tools)
-    same = len(os.path.commonprefix([text, through]))
-    if through[same:].strip():
-        raise _PrefixBroken(f"turn {index} is rendered otherwise when later turns follow")
-    start = _span_start(template, turns, tools, text, index)
-    written = text[start:same]
-    end = max((written.rfind(stop) + len(stop) for stop in template.stop_texts if stop in written), default=0)
-    if end == 0 or written[end:].strip():
-        raise RenderError(f"turn {index} does not end in a special token, so the model would never learn to stop")
-    return _Span(index, start, start + end)
-
-
-def _span_start(template: ChatTemplate, turns: Sequence[Turn], tools: Sequence[object], text: str, index: int) -> int:
-    """Behind the generation prompt; where the template shows none there, behind what precedes a marker put in its place."""
-    if index > 0:
-        head = template.text(turns[:index], tools, generation_prompt=True)
-        if text.startswith(head):
-            return len(head)
-    marker = "\u2063loraloop\u2063"
-    marked = template.text([*turns[:index], {"role": "assistant", "content": marker}], tools)
-    head = marked.partition(marker)[0]
-    if marker not in marked or not text.startswith(head):
-        raise _PrefixBroken(f"what precedes turn {index} is rendered otherwise when the turn is there")
-    return len(head)
-
-
-def _tokens_within(offsets: Sequence[tuple[int, int]], start: int, end: int) -> Iterator[int]:
-    """Tokens that lie wholly in [start, end); one that straddles the border belongs to what came before."""
-    return (token for token, (left, right) in enumerate(offsets) if left >= start and right <= end and right > left)
-
-
-def _tokens_ending(offsets: Sequence[tuple[int, int]], end: int) -> Iterator[int]:
-    return (token for token, (left, right) in enumerate(offsets) if right == end and right > left)
-
-
-def _trained_by_role(
-    text: str,
-    turns: Sequence[Turn],
-    messages: Sequence[Message | None],
-    spans: Sequence[_Span],
-    offsets: Sequence[tuple[int, int]],
-    weights: Sequence[float],
-) -> dict[str, int]:
-    """Trained tokens by the role in whose text they lie, found by looking for each turn's own words, not by the spans."""
-    ends = {span.turn: span.end for span in spans}
-    counts = dict.fromkeys(ROLES, 0)
-    n_foreign, cursor = 0, 0
-    for index, turn in enumerate(turns):
-        words = str(turn["content"]).strip()
-        found = text.find(words, cursor) if words else -1
-        message = messages[index]
-        if found >= 0 and not (message is not None and message.is_agent):
-            role = message.role if message is not None else "system"
-            trained = sum(
-                weight > 0 and left < found + len(words) and right > found
-                for (left, right), weight in zip(offsets, weights, strict=True)
-            )
-            counts["user" if role == "assistant" else role] += trained  # a demonstration is context, like a user turn
-            n_foreign += trained
-        cursor = max(cursor, ends.get(index, 0), found + len(words) if found >= 0 else 0)
-    counts["assistant"] = sum(weight > 0 for weight in weights) - n_foreign
-    return counts
-
-
-def _count_calls(source: _Source, keep: Sequence[int], text: str, spans: Sequence[_Span]) -> tuple[int, int]:
-    """(tool calls recorded in the trained turns, those whose name stands in their turn's trained text)."""
-    recorded = rendered = 0
-    for span in spans:
-        message = source.messages[keep[span.turn]]
-        cursor = span.start
-        for call in message.tool_calls if message is not None else ():
-            recorded += 1
-            found = text.find(call.function.name, cursor, span.end)
-            if found >= 0:
-                rendered += 1
-                cursor = found + len(call.function.name)
-    return recorded, rendered
+def _mask(message: Message, words: str) -> Message:
+    """Another's message with `words` for its own; the agent's as it is."""
+    if message.is_agent:
+        return message
+    function = {"arguments": json.dumps({"masked": words})}
+    calls = tuple(call.model_copy(update={"function": call.function.model_copy(update=function)}) for call in message.tool_calls)
+    content = words if (message.content or "").strip() else message.content
+    return message.model_copy(update={"content": content, "tool_calls": calls})
 
 
 def _refuse(sample: TrainingData, reason: str, detail: str) -> Refusal:

@@ -37,6 +37,10 @@ class Tokenizer(Protocol):
         """Text (tokenize=False) of the conversation."""
         ...
 
+    def decode(self, ids: list[int], **options: Any) -> Any:
+        """The text of token ids."""
+        ...
+
     def __call__(self, text: str, **options: Any) -> Any:
         """Token ids and offsets of a text."""
         ...
@@ -51,6 +55,21 @@ class Abilities:
     arguments: Literal["object", "text"] | None
     """How it wants call arguments; None when it drops tool calls."""
     parallel_calls: bool
+    content_with_calls: bool
+    """Whether what an agent says beside its calls is kept."""
+    agent_opens: bool
+    """Whether an agent turn may come first, behind the system turn, and is still rendered as the agent's."""
+    agent_opens_with_tools: bool
+    """The same where there are tools, which some templates put into the first turn, whoever's it is."""
+
+
+@dataclass(frozen=True)
+class Words:
+    """Where an agent's words stand in the rendering that ends with them: characters [start, end), the stop token included."""
+
+    text: str
+    start: int
+    end: int
 
 
 class ChatTemplate:
@@ -76,6 +95,13 @@ class ChatTemplate:
         special = {str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special}
         return tuple(sorted(special | set(self.tokenizer.all_special_tokens), key=lambda text: (-len(text), text)))
 
+    @cached_property
+    def generation_prompt(self) -> str:
+        """What the template puts before the model's answer; "" when that is nothing."""
+        asked = self.text([_ASK])
+        prompt = self.text([_ASK], generation_prompt=True)
+        return prompt[len(asked) :] if prompt.startswith(asked) else ""
+
     def text(self, turns: Sequence[Turn], tools: Sequence[Any] = (), *, generation_prompt: bool = False) -> str:
         """The template's rendering of prepared turns; raises RenderError with the template's own complaint."""
         try:
@@ -87,6 +113,30 @@ class ChatTemplate:
         """Token ids of a rendered text, and each one's (start, end) in characters."""
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         return list(encoded["input_ids"]), [tuple(pair) for pair in encoded["offset_mapping"]]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids, special tokens left out."""
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    def find_words(self, turns: Sequence[Turn], tools: Sequence[Any] = ()) -> Words | None:
+        """The agent's words in the last of `turns`, behind the prompt that the model would be given, through the stop token.
+
+        None when the template renders what precedes the turn otherwise once the turn is there, so that no model ever sees it so.
+        Raises RenderError when no special token ends the turn.
+        """
+        text = self.text(turns, tools)
+        start = self._find_start(text, turns[:-1], tools)
+        if start is None:
+            return None
+        words = text[start:].rstrip()
+        if not words.endswith(self.stop_texts):
+            raise RenderError("the template ends an agent turn without a special token, so the model would never learn to stop")
+        return Words(text, start, start + len(words))
+
+    def special_text_in(self, turn: Turn) -> str | None:
+        """A special token whose text stands in what `turn` says, where it would be read as the token itself; else None."""
+        said = [turn["content"], *(json.dumps(call["function"], ensure_ascii=False) for call in turn.get("tool_calls", ()))]
+        return next((special for special in self.stop_texts if any(special in words for words in said)), None)
 
     def prepare(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] = ()) -> tuple[list[Turn], list[dict[str, Any]]]:
         """(turns, tools) in the form that this template keeps whole, one turn for each message.
@@ -113,12 +163,42 @@ class ChatTemplate:
             return {"role": "user", "content": f"<tool_response>\n{content}\n</tool_response>"}
         turn: Turn = {"role": message.role, "content": content}
         if message.tool_calls:
-            if self.abilities.arguments and (len(message.tool_calls) == 1 or self.abilities.parallel_calls):
+            if self._keeps_calls(message):
                 turn["tool_calls"] = [self._prepare_call(call) for call in message.tool_calls]
             else:
                 calls = "\n".join(_call_as_text(call) for call in message.tool_calls)
                 turn["content"] = f"{content}\n{calls}" if content else calls
         return turn
+
+    def _keeps_calls(self, message: Message) -> bool:
+        """Whether the template renders the message's calls, all of them, and what is said beside them."""
+        can = self.abilities
+        return bool(
+            can.arguments
+            and (can.parallel_calls or len(message.tool_calls) == 1)
+            and (can.content_with_calls or not (message.content or "").strip())
+        )
+
+    def _find_start(self, text: str, before: Sequence[Turn], tools: Sequence[Any]) -> int | None:
+        """Where the agent's words begin in `text`, which renders `before` and its turn."""
+        shown = ""
+        if before:
+            prompt = self.text(before, tools, generation_prompt=True)
+            if text.startswith(prompt):
+                return len(prompt)
+            shown = self.text(before, tools)
+            if not text.startswith(shown):
+                return None
+        # the prompt opens what this turn does not have, such as a thought, or nothing precedes the turn: see where a marker goes
+        marker = "\u2063"
+        while marker in text:
+            marker += "\u2063"
+        marked = self.text([*before, {"role": "assistant", "content": marker}], tools)
+        head = marked.partition(marker)[0]
+        if marker not in marked or not text.startswith(head):
+            return None
+        found = head.rfind(self.generation_prompt, len(shown)) if self.generation_prompt else -1
+        return found + len(self.generation_prompt) if found >= 0 else len(head)
 
     def _prepare_call(self, call: ToolCall) -> Turn:
         arguments: Any = call.function.arguments
@@ -128,9 +208,7 @@ class ChatTemplate:
         return {"type": "function", "function": function, **({"id": call.id} if call.id else {})}
 
     def _render(self, turns: list[Turn], tools: list[Any] | None, generation_prompt: bool) -> str:
-        return str(
-            self.tokenizer.apply_chat_template(turns, tools=tools, add_generation_prompt=generation_prompt, tokenize=False)
-        )
+        return str(self.tokenizer.apply_chat_template(turns, tools=tools, add_generation_prompt=generation_prompt, tokenize=False))
 
 
 def parse_arguments(call: ToolCall) -> dict[str, Any]:
@@ -179,13 +257,16 @@ def _probe(render: Callable[[list[Turn], list[Any] | None, bool], str]) -> Abili
 
     def calls(arguments: object, names: tuple[str, ...]) -> list[Turn]:
         made = [
-            {"type": "function", "id": f"probecal{i}", "function": {"name": name, "arguments": arguments}}
-            for i, name in enumerate(names)
+            {"type": "function", "id": f"probecal{i}", "function": {"name": name, "arguments": arguments}} for i, name in enumerate(names)
         ]
         return [_ASK, {"role": "assistant", "content": "", "tool_calls": made}]
 
     def keeps(text: str, *parts: str) -> bool:
         return all(part in text for part in parts) and '\\"probe_key' not in text
+
+    def opens(tools: list[Any] | None) -> bool:
+        first = rendered([{"role": "assistant", "content": "probe opening"}], tools)
+        return "probe opening" in first and first != rendered([{"role": "user", "content": "probe opening"}], tools)
 
     arguments: Literal["object", "text"] | None = None
     given: object = {"probe_key": "probe_value"}
@@ -194,10 +275,14 @@ def _probe(render: Callable[[list[Turn], list[Any] | None, bool], str]) -> Abili
     elif keeps(rendered(calls('{"probe_key": "probe_value"}', ("probe_one",))), "probe_one", "probe_key", "probe_value"):
         arguments, given = "text", '{"probe_key": "probe_value"}'
     answer: Turn = {"role": "tool", "content": "probe_result", "tool_call_id": "probecal0", "name": "probe_one"}
-    before = calls(given, ("probe_one",)) if arguments else [_ASK, {"role": "assistant", "content": "probe call"}]
+    called = calls(given, ("probe_one",))
+    said = [_ASK, {**called[1], "content": "probe words"}]
     return Abilities(
         tools="probe_tool" in rendered([_ASK], [_PROBE_TOOL]),
-        tool_role="probe_result" in rendered([*before, answer]),
+        tool_role="probe_result" in rendered([*(called if arguments else [_ASK, {"role": "assistant", "content": "probe call"}]), answer]),
         arguments=arguments,
         parallel_calls=keeps(rendered(calls(given, ("probe_one", "probe_two"))), "probe_one", "probe_two", "probe_key"),
+        content_with_calls=keeps(rendered(said), "probe words", "probe_one", "probe_key"),
+        agent_opens=opens(None),
+        agent_opens_with_tools=opens([_PROBE_TOOL]),
     )

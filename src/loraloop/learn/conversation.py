@@ -56,11 +56,13 @@ class ConversationLearn:
         own = [index for index, message in enumerate(episode.messages) if message.is_agent and message.weight > 0]
         if not own:
             return Refusal(episode_id=episode.id, reason="no_agent_turn", detail="no turn was written by the agent itself")
+        if (weight := sample_weight(episode)) == 0:
+            return Refusal(episode_id=episode.id, reason="weight_zero", detail="the recorder gave the episode the weight 0")
         score = getattr(episode.outcome, "score", None)
         return TrainingData(
             messages=episode.messages[: own[-1] + 1],  # what follows the last own turn cannot carry loss
             tools=episode.tools,
-            weight=sample_weight(episode),
+            weight=weight,
             episode_id=episode.id,
             split_key=split_key(episode),
             outcome_score=score,

@@ -17,9 +17,12 @@ def refusal_for_outcome(outcome: Outcome, min_score: float, *, include_timeouts:
 
 
 def sample_weight(episode: Episode) -> float:
-    """The weight that the recorder gave the whole episode (an importer keeps it as a tag), 1 otherwise."""
+    """The weight that the recorder gave the whole episode (an importer keeps it as the tag `weight`), 1 otherwise.
+
+    0 means that the recorder wants it left out; learn models refuse such an episode as `weight_zero`.
+    """
     try:
         weight = float(episode.metadata.tags.get("weight", "1"))
     except ValueError:
         return 1.0
-    return weight if weight > 0 and math.isfinite(weight) else 1.0
+    return weight if weight >= 0 and math.isfinite(weight) else 1.0

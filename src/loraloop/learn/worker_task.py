@@ -75,10 +75,12 @@ class WorkerTaskLearn:
             # a step that failed is what happened, so it stays as context; it is not what to learn
             messages.append(Message(role="assistant", content=words, weight=1.0 if action.success else 0.0))
             messages.append(Message(role="user", content=_result(action)))
+        if (weight := sample_weight(episode)) == 0:
+            return Refusal(episode_id=episode.id, reason="weight_zero", detail="the recorder gave the episode the weight 0")
         score = getattr(episode.outcome, "score", None)
         return TrainingData(
             messages=tuple(messages[:-1]),
-            weight=sample_weight(episode),
+            weight=weight,
             episode_id=episode.id,
             split_key=f"{episode.metadata.scenario or ''}/{task}",
             outcome_score=score,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -52,10 +53,10 @@ class LoraTrainerConfig:
         _check_float("lora_dropout", self.lora_dropout, ">= 0 and < 1", lambda value: 0 <= value < 1)
         _check_float("learning_rate", self.learning_rate, "> 0 and < 1", lambda value: 0 < value < 1)
         for name in ("output_dir", "data_dir"):
-            _check_text(name, os.fspath(getattr(self, name)) if isinstance(getattr(self, name), os.PathLike) else getattr(self, name))
+            _check_path(name, getattr(self, name))
         for name in ("train_script", "python_path"):
             if getattr(self, name) is not None:
-                _check_text(name, str(getattr(self, name)))
+                _check_path(name, getattr(self, name))
 
     def replace(self, **changes: Any) -> Self:
         """A copy with `changes`, checked again. Raises SettingsError for a name that is not a setting."""
@@ -104,8 +105,13 @@ def _check_int(name: str, value: Any, low: int) -> None:
 
 
 def _check_float(name: str, value: Any, expected: str, holds: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not holds(value) or value in (float("inf"), float("-inf")):
-        raise SettingsError(f"{name}={value!r}: expected a number {expected}")
+    """NaN fails the comparison with the largest number, as infinity and a whole number beyond it do."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not (abs(value) <= sys.float_info.max and holds(value)):
+        raise SettingsError(f"{name}={value!r}: expected a finite number {expected}")
+
+
+def _check_path(name: str, value: Any) -> None:
+    _check_text(name, os.fspath(value) if isinstance(value, os.PathLike) else value)
 
 
 def _check_text(name: str, value: Any) -> None:

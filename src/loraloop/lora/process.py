@@ -1,6 +1,7 @@
 """Run a training script as a child process: its output goes to a log as it comes, and its end is told truthfully.
 
-Memory stays bounded whatever the script prints. Cancelling ends the script and all that it started.
+Memory stays bounded whatever the script prints. Cancelling ends the script and all that it started. What outlives the script is ended
+with it: it would hold the pipes open, so that their end never comes; what has left the script's process group is not waited for.
 """
 
 from __future__ import annotations
@@ -25,11 +26,14 @@ SECONDS_TO_END = 10.0
 async def run_process(argv: Sequence[str], log_path: Path, on_line: Callable[[str], None]) -> None:
     """Run `argv` to its end; `on_line` hears every line of its stdout.
 
-    Raises ProcessFailed for an exit code other than 0, with the last lines of stderr (of stdout when stderr is empty).
+    Raises ProcessFailed for an exit code other than 0, with the last lines of stderr (of stdout when stderr is empty), and whatever
+    `on_line` raises.
     """
+    out, err = _Lines(on_line), _Lines()
     with log_path.open("ab") as log:
         try:
-            process = await asyncio.create_subprocess_exec(
+            transport, child = await asyncio.get_running_loop().subprocess_exec(
+                lambda: _Child(log, {1: out, 2: err}),
                 *argv,
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.PIPE,
@@ -38,49 +42,102 @@ async def run_process(argv: Sequence[str], log_path: Path, on_line: Callable[[st
             )
         except OSError as error:
             raise ProcessFailed(127, str(error), log_path, f"{argv[0]} cannot be started: {error.strerror}; see python_path") from error
-        out_tail, err_tail = deque[str](maxlen=TAIL_LINES), deque[str](maxlen=TAIL_LINES)
-
-        def heard(line: str) -> None:
-            out_tail.append(line)
-            on_line(line)
-
         try:
-            await asyncio.gather(_drain(process.stdout, log, heard), _drain(process.stderr, log, err_tail.append))
-            code = await process.wait()
+            await child.over.wait()
         finally:
-            await _end_group(process)
-    if code != 0:
-        raise ProcessFailed(code, "\n".join(err_tail or out_tail), log_path)
+            await _end_group(transport, child)
+    if child.failure is not None:
+        raise child.failure
+    code = transport.get_returncode()
+    if code:
+        raise ProcessFailed(code, "\n".join(err.tail or out.tail), log_path)
 
 
-async def _drain(stream: asyncio.StreamReader | None, log: BinaryIO, on_line: Callable[[str], None]) -> None:
-    """Copy a stream to the log, and give its lines, cut at MAX_LINE characters."""
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    line, n_dropped = "", 0
-    while stream is not None and (piece := await stream.read(1 << 16)):
-        log.write(piece)
-        log.flush()
-        *ended, rest = decoder.decode(piece).split("\n")
+class _Lines:
+    """Cuts a stream of bytes into lines of at most MAX_LINE characters, and keeps the last of them."""
+
+    def __init__(self, on_line: Callable[[str], None] = lambda _: None) -> None:
+        self.tail: deque[str] = deque(maxlen=TAIL_LINES)
+        self._on_line = on_line
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._line, self._n_dropped = "", 0
+
+    def feed(self, piece: bytes, *, final: bool = False) -> None:
+        """Take what came; `final` when nothing comes any more, so that an unfinished line is a line too."""
+        *ended, rest = self._decoder.decode(piece, final).split("\n")
         for part in ended:
-            _give(line + part[: MAX_LINE - len(line)], n_dropped + max(0, len(line) + len(part) - MAX_LINE), on_line)
-            line, n_dropped = "", 0
-        n_dropped += max(0, len(line) + len(rest) - MAX_LINE)
-        line += rest[: MAX_LINE - len(line)]
-    if line:
-        _give(line, n_dropped, on_line)
+            self._add(part)
+            self._give()
+        self._add(rest)
+        if final and self._line:
+            self._give()
+
+    def _add(self, part: str) -> None:
+        room = MAX_LINE - len(self._line)
+        self._line += part[:room]
+        self._n_dropped += max(0, len(part) - room)
+
+    def _give(self) -> None:
+        line = f"{self._line} … ({self._n_dropped} more characters)" if self._n_dropped else self._line.rstrip("\r")
+        self._line, self._n_dropped = "", 0
+        self.tail.append(line)
+        self._on_line(line)
 
 
-def _give(line: str, n_dropped: int, on_line: Callable[[str], None]) -> None:
-    on_line(f"{line} … ({n_dropped} more characters)" if n_dropped else line.rstrip("\r"))
+class _Child(asyncio.SubprocessProtocol):
+    """Hears the script. `exited` is set when it has ended, `silent` when its pipes have, `over` when it has ended or hearing failed."""
+
+    def __init__(self, log: BinaryIO, lines: dict[int, _Lines]) -> None:
+        self.exited, self.silent, self.over = asyncio.Event(), asyncio.Event(), asyncio.Event()
+        self.failure: Exception | None = None
+        self.hung_up = False
+        self._log = log
+        self._open = dict(lines)
+
+    def pipe_data_received(self, fd: int, data: bytes) -> None:
+        """A piece of what it printed."""
+        self._hear(self._open[fd], data)
+
+    def pipe_connection_lost(self, fd: int, exc: Exception | None) -> None:
+        """One of the two pipes has ended."""
+        del exc
+        self._hear(self._open.pop(fd), b"", final=True)
+        if not self._open:
+            self.silent.set()
+
+    def process_exited(self) -> None:
+        """The script has ended; its pipes may still be open."""
+        self.exited.set()
+        self.over.set()
+
+    def _hear(self, lines: _Lines, piece: bytes, *, final: bool = False) -> None:
+        if self.hung_up:
+            return
+        try:
+            self._log.write(piece)
+            self._log.flush()
+            if self.failure is None:
+                lines.feed(piece, final=final)
+        except Exception as error:  # noqa: BLE001  of the log or the listener; run_process raises it, where its caller can see it
+            self.failure = self.failure or error
+            self.over.set()
 
 
-async def _end_group(process: asyncio.subprocess.Process) -> None:
-    """End what is left of the process group: politely first, then for good."""
-    for number, patience in ((signal.SIGTERM, SECONDS_TO_END), (signal.SIGKILL, None)):
-        if process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, number)
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(process.wait(), patience)
-    with contextlib.suppress(ProcessLookupError, PermissionError):  # children that outlived the script itself
-        os.killpg(process.pid, signal.SIGKILL)
+async def _end_group(transport: asyncio.SubprocessTransport, child: _Child) -> None:
+    """End what is left of the process group: politely first, then for good, also when the waiting is cancelled; then read the rest."""
+    try:
+        with contextlib.suppress(TimeoutError):
+            _signal_group(transport, signal.SIGKILL if child.exited.is_set() else signal.SIGTERM)
+            await asyncio.wait_for(child.exited.wait(), SECONDS_TO_END)
+        _signal_group(transport, signal.SIGKILL)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(asyncio.gather(child.exited.wait(), child.silent.wait()), SECONDS_TO_END)
+    finally:
+        child.hung_up = True
+        _signal_group(transport, signal.SIGKILL)
+        transport.close()
+
+
+def _signal_group(transport: asyncio.SubprocessTransport, number: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(transport.get_pid(), number)

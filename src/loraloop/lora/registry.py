@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from loraloop.errors import LoraTrainerError
 from loraloop.files import write_atomic
-from loraloop.lora.model import TrainedModel
+from loraloop.lora.model import LoraModelId, TrainedModel
 
 MODEL_FILE = "trained_model.json"
 
@@ -34,11 +34,11 @@ class LoraModelRegistry:
 
     def list_models(self) -> list[TrainedModel]:
         """All models, oldest first."""
-        return [self._load(file) for file in sorted(self.directory.glob(f"lora-*/{MODEL_FILE}"))]
+        return [self._load(file) for file in self._record_files()]
 
     def get(self, model_id: str) -> TrainedModel:
         """The model with this id, or `latest`. Raises LoraTrainerError naming those that there are."""
-        known = [file.parent.name for file in sorted(self.directory.glob(f"lora-*/{MODEL_FILE}"))]
+        known = [file.parent.name for file in self._record_files()]
         if model_id == "latest" and known:
             model_id = known[-1]
         if model_id not in known:
@@ -51,6 +51,10 @@ class LoraModelRegistry:
         """The newest model, of one learn model when named; None when there is none."""
         models = [model for model in self.list_models() if learn_model_name in (None, model.learn_model_name)]
         return models[-1] if models else None
+
+    def _record_files(self) -> list[Path]:
+        """The records, oldest first; what a failed run left is in a folder with a dot in its name."""
+        return sorted(file for file in self.directory.glob(f"{LoraModelId.prefix}-*/{MODEL_FILE}") if "." not in file.parent.name)
 
     def _load(self, file: Path) -> TrainedModel:
         try:

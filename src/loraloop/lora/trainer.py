@@ -25,7 +25,7 @@ from pydantic import ValidationError
 
 from loraloop.episode import EpisodeFilter, EpisodeId, now_ms
 from loraloop.errors import EmptyData, LoraTrainerError, ProcessFailed, ScriptNotFound
-from loraloop.files import canonical_json, write_jsonl
+from loraloop.files import json_line, write_jsonl
 from loraloop.lora.config import LoraTrainerConfig, TrainOptions
 from loraloop.lora.model import LoraModelId, TrainedModel, TrainingMetrics
 from loraloop.lora.process import run_process
@@ -143,8 +143,7 @@ class LoraTrainer:
 
     def write_training_data(self, data: Sequence[TrainingData], name: str) -> Path:
         """Write `data_dir/<name>/train.jsonl`, one sample a line; the folder must be new. Raises LoraTrainerError when it is not."""
-        if Path(name).name != name or name in (".", ".."):
-            raise LoraTrainerError(f"{name!r} is no name for a folder; use a LoraModelId")
+        _check_name(name)
         folder = Path(self._config.data_dir) / name
         try:
             folder.mkdir(parents=True)
@@ -170,10 +169,15 @@ class LoraTrainer:
         moved to `<adapter_name>.failed`, so that nothing looks finished that is not.
         """
         self._check_script()
+        _check_name(adapter_name)
         output = Path(self._config.output_dir) / adapter_name
-        if output.exists():
-            raise LoraTrainerError(f"{output} exists already; a run never writes over another's adapter")
-        output.parent.mkdir(parents=True, exist_ok=True)
+        failed = output.with_name(output.name + ".failed")
+        if output.exists() or failed.exists():
+            raise LoraTrainerError(f"{output if output.exists() else failed} exists already; a run never writes over another's adapter")
+        try:
+            output.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise LoraTrainerError(f"the folder {output.parent} cannot be made: {error.strerror}; choose another output_dir") from error
         log_path = data_path.with_name("training.log")
         argv = self._argv(data_path, output, held_out_path)
         log.info("stage=train model=%s script=%s log=%s", adapter_name, self._config.train_script or "loraloop.train", log_path)
@@ -182,7 +186,7 @@ class LoraTrainer:
             self._check_adapter(output, log_path)
         except BaseException:
             if output.exists():
-                output.rename(output.with_name(output.name + ".failed"))
+                output.rename(failed)
             raise
         return output
 
@@ -260,7 +264,7 @@ class LoraTrainer:
 
 def training_data_to_json(sample: TrainingData) -> str:
     """The line that a sample becomes in a training file, without the newline."""
-    return canonical_json(sample.to_line())
+    return json_line(sample.to_line())
 
 
 def run_in_plain_thread(work: Callable[[], Any]) -> Any:
@@ -286,6 +290,12 @@ def run_in_plain_thread(work: Callable[[], Any]) -> Any:
     return result[0]
 
 
+def _check_name(name: str) -> None:
+    """Raises LoraTrainerError for what could lead out of the folder that it is put in."""
+    if Path(name).name != name or name in ("", ".", "..") or "\0" in name:
+        raise LoraTrainerError(f"{name!r} is no name for a folder; use a LoraModelId")
+
+
 def _hear(line: str, on_event: OnEvent | None) -> None:
     """Pass on what is an event; anything else on stdout is log."""
     if not line.startswith("{"):
@@ -293,7 +303,7 @@ def _hear(line: str, on_event: OnEvent | None) -> None:
         return
     try:
         event = TrainingEvent.model_validate(json.loads(line))
-    except ValueError:  # also pydantic's ValidationError: a script's own JSON
+    except (ValueError, RecursionError):  # also pydantic's ValidationError: a script's own JSON
         log.debug("child %s", line)
         return
     if on_event is not None:

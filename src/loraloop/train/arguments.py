@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,13 +41,15 @@ def parse_arguments(argv: Sequence[str] | None = None) -> TrainArguments:
     arguments = TrainArguments(**vars(parser.parse_args(argv)))
     for ok, complaint in (
         (arguments.rank >= 1, f"--rank {arguments.rank}: expected at least 1"),
-        (arguments.alpha > 0, f"--alpha {arguments.alpha:g}: expected more than 0"),
+        (0 < arguments.alpha < math.inf, f"--alpha {arguments.alpha:g}: expected a finite number above 0"),
         (0 <= arguments.dropout < 1, f"--dropout {arguments.dropout:g}: expected 0 <= dropout < 1"),
         (arguments.epochs >= 1, f"--epochs {arguments.epochs}: expected at least 1"),
         (arguments.batch_size >= 1, f"--batch-size {arguments.batch_size}: expected at least 1"),
         (arguments.grad_accum >= 1, f"--grad-accum {arguments.grad_accum}: expected at least 1"),
         (0 < arguments.lr < 1, f"--lr {arguments.lr:g}: expected 0 < lr < 1"),
         (arguments.max_seq_length >= 16, f"--max-seq-length {arguments.max_seq_length}: expected at least 16"),
+        (arguments.held_out_tokens >= 1, f"--held-out-tokens {arguments.held_out_tokens}: expected at least 1"),
+        (0 <= arguments.seed < 2**63, f"--seed {arguments.seed}: expected 0 <= seed < 2^63"),
         (arguments.max_steps is None or arguments.max_steps >= 1, f"--max-steps {arguments.max_steps}: expected at least 1"),
         (0 <= arguments.warmup_ratio < 1, f"--warmup-ratio {arguments.warmup_ratio:g}: expected 0 <= ratio < 1"),
         (arguments.max_grad_norm > 0, f"--max-grad-norm {arguments.max_grad_norm:g}: expected more than 0"),
@@ -69,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     contract = parser.add_argument_group("the contract that any training script keeps")
     contract.add_argument("--data", type=Path, required=True, help="the JSON Lines file of samples")
-    contract.add_argument("--output", type=Path, required=True, help="the adapter's folder; must not hold anything yet")
+    contract.add_argument("--output", type=Path, required=True, help="the adapter's folder; must not exist yet")
     contract.add_argument("--model", required=True, help="base model: hub id, folder, or .gguf file")
     contract.add_argument("--rank", type=int, default=16, help="LoRA rank, at least 1 (16)")
     contract.add_argument("--alpha", type=float, default=32.0, help="LoRA alpha; the adapter is scaled by alpha / rank (32)")

@@ -38,7 +38,7 @@ def read_samples(path: Path) -> list[TrainingData]:
     for number, line in enumerate(read_jsonl(path), 1):
         try:
             samples.append(TrainingData.from_line(line))
-        except ValueError as error:
+        except (ValueError, TypeError) as error:
             raise ValueError(f"{path}, sample {number}: {error}") from error
     return samples
 

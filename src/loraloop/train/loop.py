@@ -56,7 +56,7 @@ def new_adapter(model: Any, rank: int, alpha: float, dropout: float, seed: int) 
 def train(model: Any, rows: Sequence[Row], settings: LoopSettings, emit: Callable[[TrainingEvent], None]) -> list[tuple[int, float]]:
     """Train the adapter of `model` in place; gives (step, loss) for every step.
 
-    Raises LoraTrainerError at a loss that is not finite, naming the step and its episodes.
+    Raises LoraTrainerError at a loss or gradient that is not finite, naming the step and its episodes.
     """
     import torch
 
@@ -73,10 +73,11 @@ def train(model: Any, rows: Sequence[Row], settings: LoopSettings, emit: Callabl
             group["lr"] = rate
         batch = [rows[index] for index in window]
         loss = _backward(model, batch, settings.batch_size)
-        if not math.isfinite(loss):
+        norm = float(torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm))
+        if not math.isfinite(loss) or not math.isfinite(norm):
             names = ", ".join(sorted({row.episode_id or "?" for row in batch}))
-            raise LoraTrainerError(f"the loss of step {step} is {loss}; its samples came from {names}. Lower the learning rate or look at them")
-        torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
+            what = f"the loss of step {step} is {loss}, the norm of its gradient {norm}"
+            raise LoraTrainerError(f"{what}; its samples came from {names}. Lower the learning rate or look at them")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         history.append((step, loss))
@@ -182,32 +183,35 @@ def _summed_loss(model: Any, batch: Sequence[Row]) -> tuple[torch.Tensor, float]
     device = next(model.parameters()).device
     length = max(len(row.ids) for row in batch)
     ids = torch.zeros(len(batch), length, dtype=torch.long)  # (rows, tokens), padded with 0 on the right
-    weights = torch.zeros(len(batch), length)  # (rows, tokens)
+    weights = torch.zeros(len(batch), length, dtype=torch.float64)  # (rows, tokens)
     for number, row in enumerate(batch):
         ids[number, : len(row.ids)] = torch.tensor(row.ids)
-        weights[number, : len(row.weights)] = torch.tensor(row.weights)
+        weights[number, : len(row.weights)] = torch.tensor(row.weights, dtype=torch.float64)
     ids, weights = ids.to(device), weights.to(device)
     predicts = weights[:, 1:] > 0  # (rows, tokens - 1): positions whose next token is supervised
     targets, factors = ids[:, 1:][predicts], weights[:, 1:][predicts]  # (supervised,)
     nll = _negative_log_likelihood(model, ids, predicts, targets)
-    return (nll * factors).sum(), float(factors.sum())
+    return (nll * factors.to(nll.dtype)).sum(), float(factors.sum())
 
 
 def _negative_log_likelihood(model: Any, ids: torch.Tensor, predicts: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """-log p of each target, in float32; logits are made at the positions that need them only, a chunk at a time."""
+    """-log p of each target, in float32 at least; logits are made at the positions that need them only, a chunk at a time."""
     import torch
     from torch.nn.functional import cross_entropy
     from torch.utils.checkpoint import checkpoint
 
+    def precise(logits: torch.Tensor) -> torch.Tensor:
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model
     if not _has_plain_head(causal.config):
         logits = model(input_ids=ids, use_cache=False).logits[:, :-1][predicts]
-        return cross_entropy(logits.float(), targets, reduction="none")
+        return cross_entropy(precise(logits), targets, reduction="none")
     head = causal.get_output_embeddings()
     hidden = causal.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[:, :-1][predicts]  # (supervised, hidden)
 
     def chunk_loss(rows: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-        return cross_entropy(head(rows).float(), wanted, reduction="none")
+        return cross_entropy(precise(head(rows)), wanted, reduction="none")
 
     if len(targets) <= HEAD_CHUNK:
         return chunk_loss(hidden, targets)

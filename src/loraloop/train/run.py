@@ -6,6 +6,7 @@ leaves nothing.
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import time
@@ -16,22 +17,25 @@ from pathlib import Path
 from typing import Any
 
 from loraloop import base_model
+from loraloop.chat.render import Row
 from loraloop.chat.template import ChatTemplate
+from loraloop.errors import EmptyData, LoraTrainerError
 from loraloop.files import file_sha256, new_directory, write_atomic, write_json
 from loraloop.train import loop
 from loraloop.train.arguments import TrainArguments
 from loraloop.train.data import RowSet, build_rows, read_samples
 from loraloop.train.model_card import model_card
+from loraloop.training_data import TrainingData
 from loraloop.training_record import RECORD_FILE, RefusedSample, TrainingEvent, TrainingRecord
 
 Emit = Callable[[TrainingEvent], None]
 
 
 def run(arguments: TrainArguments, emit: Emit) -> TrainingRecord:
-    """Train and save. Raises FileExistsError when the output folder holds something, and a LoraLoopError otherwise."""
+    """Train and save. Raises FileExistsError when the output is there already, and a LoraLoopError for all else that is foreseen."""
     started = time.monotonic()
-    if arguments.output.exists() and any(arguments.output.iterdir()):
-        raise FileExistsError(f"--output {arguments.output} holds something already; give a folder that does not exist")
+    if arguments.output.exists():
+        raise FileExistsError(f"--output {arguments.output} exists already; give a folder that does not exist")
     samples = read_samples(arguments.data)
     held_out_samples = read_samples(arguments.held_out) if arguments.held_out else []
     base = base_model.resolve_base(arguments.model, lambda text: emit(TrainingEvent(event="note", message=text)))
@@ -39,15 +43,14 @@ def run(arguments: TrainArguments, emit: Emit) -> TrainingRecord:
     template = ChatTemplate(tokenizer)
     rows = build_rows(samples, template, arguments.max_seq_length)
     emit(TrainingEvent(event="data", data=rows.report))
-    held_out = build_rows(held_out_samples, template, arguments.max_seq_length).rows if held_out_samples else []
-    measured = _first_tokens(held_out, arguments.held_out_tokens)
+    measured = _first_tokens(_held_out_rows(held_out_samples, template, arguments, emit), arguments.held_out_tokens)
 
     device = base_model.choose_device()
     dtype = base_model.choose_dtype(arguments.dtype, device)
     emit(TrainingEvent(event="note", message=f"base {base.name} in {dtype} on {device}"))
     model = base_model.load_model(base, dtype).to(device)
     model = loop.new_adapter(model, arguments.rank, arguments.alpha, arguments.dropout, arguments.seed)
-    _use_checkpointing(model, rows, emit)
+    _use_checkpointing(model, rows, arguments.batch_size, emit)
     before = _measure(model, measured, arguments, emit, "before")
     history = loop.train(model, rows.rows, _loop_settings(arguments), emit)
     after = _measure(model, measured, arguments, emit, "after")
@@ -95,17 +98,31 @@ def _save(model: Any, base: base_model.BaseModel, record: TrainingRecord, output
             os.chmod(file, 0o644)  # PEFT makes the weights unreadable to others, so that a server under another user fails
 
 
-def _measure(model: Any, rows: list[Any], arguments: TrainArguments, emit: Emit, when: str) -> float | None:
+def _measure(model: Any, rows: list[Row], arguments: TrainArguments, emit: Emit, when: str) -> float | None:
     if not rows:
         return None
     loss = loop.mean_loss(model, rows, arguments.batch_size)
+    if not math.isfinite(loss):
+        raise LoraTrainerError(f"the held-out loss {when} training is {loss}; lower the learning rate, or look at the base model")
     emit(TrainingEvent(event="held_out", message=when, loss=loss))
     return loss
 
 
-def _first_tokens(rows: list[Any], limit: int) -> list[Any]:
+def _held_out_rows(samples: list[TrainingData], template: ChatTemplate, arguments: TrainArguments, emit: Emit) -> list[Row]:
+    """The rows to measure on; none, with a warning, when no sample gives one: that is no reason not to train."""
+    if not samples:
+        return []
+    try:
+        return build_rows(samples, template, arguments.max_seq_length).rows
+    except EmptyData as error:
+        emit(TrainingEvent(event="warning", message=f"nothing is measured on held-out tasks: {error}"))
+        return []
+
+
+def _first_tokens(rows: list[Row], limit: int) -> list[Row]:
     """The first rows with no more than `limit` tokens together, at least one."""
-    chosen, total = [], 0
+    chosen: list[Row] = []
+    total = 0
     for row in rows:
         if chosen and total + len(row.ids) > limit:
             break
@@ -114,14 +131,14 @@ def _first_tokens(rows: list[Any], limit: int) -> list[Any]:
     return chosen
 
 
-def _use_checkpointing(model: Any, rows: RowSet, emit: Emit) -> None:
+def _use_checkpointing(model: Any, rows: RowSet, batch_size: int, emit: Emit) -> None:
     """Recompute activations in the backward pass when keeping them would take more than half of the free memory."""
     config = model.get_base_model().config
     hidden, layers = config.hidden_size, config.num_hidden_layers
     width = getattr(config, "intermediate_size", 4 * hidden) or 4 * hidden
     n_bytes = layers * 4 * (30 * hidden + 8 * width)  # kept by PEFT's forward for one token, in float32 (docs/lab-book.md)
     longest = max(len(row.ids) for row in rows.rows)
-    need = n_bytes * max(longest, min(loop.MICRO_BATCH_TOKENS, sum(len(row.ids) for row in rows.rows)))
+    need = n_bytes * min(batch_size * longest, max(longest, loop.MICRO_BATCH_TOKENS))
     free = _free_memory()
     if free is not None and need > free // 2:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

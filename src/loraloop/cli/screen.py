@@ -1,0 +1,115 @@
+"""What the commands share in showing things: two consoles, tables, the progress of a training, and the next command to type."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from loraloop.training_record import DataReport, TrainingEvent
+
+DEFAULT_PROJECT = Path("loraloop-project")
+
+ProjectOption = Annotated[
+    Path, typer.Option("--project", "-p", envvar="LORALOOP_PROJECT", help="The project directory; everything is kept in it.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="JSON on standard output, nothing else there.")]
+
+
+def err() -> Console:
+    """The console for people: standard error."""
+    return Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def write_line(text: str) -> None:
+    """One line of data on standard output."""
+    sys.stdout.write(text + "\n")
+
+
+def show_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
+    """A table on standard output, as wide as its content where that is not a terminal."""
+    table = Table(title=title, title_justify="left")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160
+    Console(highlight=False, width=width).print(table)
+
+
+def show_next(command: str, project: Path) -> None:
+    """The next command to type, for the same project."""
+    named = f" --project {project}" if project != DEFAULT_PROJECT and "LORALOOP_PROJECT" not in os.environ else ""
+    err().print(f"Next: {command}{named}", markup=False)
+
+
+def by_reason(counts: Mapping[str, int]) -> str:
+    """`reason 3, other 1`, or a dash."""
+    return ", ".join(f"{reason} {count}" for reason, count in sorted(counts.items())) or "-"
+
+
+def describe_data(report: DataReport) -> list[str]:
+    """The data check in lines: what is trained, by whom it was written, what was lost."""
+    roles = ", ".join(f"{role} {count}" for role, count in report.trained_by_role.items())
+    by = {"template": " by the model's own template", "fallback": " by the documented fallback", "none": ""}[report.tools_rendered_by]
+    return [
+        f"data: {report.samples_used} of {report.samples} samples in {report.rows} rows, {report.n_tokens:,} tokens, "
+        f"{report.n_supervised_tokens:,} of them trained",
+        f"trained tokens by role: {roles}",
+        f"agent turns: {report.turns}, of which the stop token is trained: {report.stops_trained}",
+        f"tool calls recorded: {report.calls_recorded}, rendered: {report.calls_rendered}{by}",
+        f"left out: {by_reason(report.refused)}",
+    ]
+
+
+class TrainingScreen:
+    """Shows a training's events as they come: a bar with step, loss, tokens/s and time left; notes above it."""
+
+    def __init__(self) -> None:
+        self.progress = Progress(
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TimeRemainingColumn(),
+            console=err(),
+        )
+        self.task: TaskID | None = None
+        self.printed = 0
+
+    def __enter__(self) -> TrainingScreen:
+        self.progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.stop()
+
+    def show(self, event: TrainingEvent) -> None:
+        """One event of the training process."""
+        say = self.progress.console.print
+        if event.event == "data" and event.data is not None:
+            for line in describe_data(event.data):
+                say(line, markup=False)
+        elif event.event == "held_out" and event.loss is not None:
+            say(f"held-out loss {event.message}: {event.loss:.4f}", markup=False)
+        elif event.event == "step" and event.step is not None and event.steps is not None:
+            self._step(event)
+        elif event.message:
+            say(f"{'warning: ' if event.event == 'warning' else ''}{event.message}", markup=False)
+
+    def _step(self, event: TrainingEvent) -> None:
+        figures = f"loss {event.loss:.4f}  {event.tokens_per_s or 0:.0f} tokens/s"
+        if self.task is None:
+            self.task = self.progress.add_task("training", total=event.steps, figures=figures)
+        self.progress.update(self.task, completed=event.step, figures=figures)
+        share = 10 * (event.step or 0) // (event.steps or 1)
+        if not self.progress.console.is_terminal and share > self.printed:  # a log wants lines, not a moving bar
+            self.printed = share
+            self.progress.console.print(f"step {event.step}/{event.steps}  {figures}  {event.eta_s or 0:.0f} s left", markup=False)

@@ -1,0 +1,273 @@
+"""Play tasks with a model: many at a time, greedily, each token fed once.
+
+All plays share one key-value cache and move forward a token at a time: where a play waits for the model, its token is the model's
+choice; where the environment has answered, its tokens are the answer's. So no play waits for another's turn to end, and nothing is
+computed twice. The conversation that the model sees is the chat template's own rendering, as in training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+
+from loraloop.base_model import BaseModel, Dtype, choose_device, choose_dtype, load_model, load_tokenizer
+from loraloop.chat.template import ChatTemplate
+from loraloop.episode import Message
+from loraloop.errors import EvaluationError
+
+if TYPE_CHECKING:
+    import torch
+
+T_contra = TypeVar("T_contra", contravariant=True)
+T = TypeVar("T")
+
+
+class Environment(Protocol[T_contra]):
+    """What an agent acts in. One instance plays one task at a time."""
+
+    def reset(self, task: T_contra) -> str:
+        """Begin `task`; gives the first observation."""
+        ...
+
+    def step(self, action: str) -> tuple[str, float, bool]:
+        """(observation, reward so far, whether the play is over)."""
+        ...
+
+
+@dataclass(frozen=True)
+class PlayLimits:
+    """Where a play ends if the environment does not end it."""
+
+    max_turns: int = 20
+    max_turn_tokens: int = 200
+    """A turn longer than this is cut off, and its action taken from what there is."""
+    max_tokens: int = 1200
+    """Tokens after the first prompt, of the model and the environment together."""
+
+
+@dataclass
+class Played(Generic[T]):
+    """One play: its task, what was said, and how it ended."""
+
+    task: T
+    messages: list[Message]
+    reward: float = 0.0
+    n_turns: int = 0
+    finished: bool = False
+    """The environment ended it; otherwise a limit did."""
+
+
+@dataclass
+class Player:
+    """A model that can play: weights with the adapter merged in, and the template that renders for it."""
+
+    model: Any
+    template: ChatTemplate
+
+
+def load_player(base: BaseModel, adapter: str | None = None, dtype: Dtype = "auto") -> Player:
+    """The base model, with the adapter from the folder `adapter` merged in. Raises BaseModelError or EvaluationError."""
+    device = choose_device()
+    model = load_model(base, choose_dtype(dtype, device))
+    if adapter is not None:
+        import peft
+
+        try:
+            model = peft.PeftModel.from_pretrained(model, adapter).merge_and_unload()
+        except (OSError, ValueError, RuntimeError) as error:
+            raise EvaluationError(f"the adapter in {adapter} does not load onto {base.name}: {error}") from error
+    return Player(model.to(device).eval(), ChatTemplate(load_tokenizer(base)))
+
+
+def last_line(text: str) -> str:
+    """The action in an agent's turn: its last line that is not empty."""
+    lines = [line for line in text.strip().splitlines() if line.strip()]
+    return lines[-1].strip() if lines else ""
+
+
+def play(
+    player: Player,
+    environments: Sequence[Environment[T]],
+    tasks: Sequence[T],
+    *,
+    system: str | None = None,
+    limits: PlayLimits | None = None,
+    to_action: Callable[[str], str] = last_line,
+    on_progress: Callable[[int, int, int], None] = lambda done, total, step: None,
+) -> list[Played[T]]:
+    """Play each task in an environment of its own; gives the plays in the order of `tasks`.
+
+    Greedy, so the same weights and tasks give the same plays on the same machine. `on_progress` hears (plays ended, plays, step).
+    Raises EvaluationError when there are fewer environments than tasks.
+    """
+    if len(environments) < len(tasks):
+        raise EvaluationError(f"{len(tasks)} tasks need as many environments, found {len(environments)}")
+    if not tasks:
+        return []
+    limits = limits or PlayLimits()
+    seats = [
+        _Seat(player, environment, Played(task, _opening(environment.reset(task), system)), limits, to_action)
+        for environment, task in zip(environments, tasks, strict=False)
+    ]
+    _run(player, seats, limits, on_progress)
+    return [seat.played for seat in seats]
+
+
+def _opening(observation: str, system: str | None) -> list[Message]:
+    head = [Message(role="system", content=system)] if system is not None else []
+    return [*head, Message(role="user", content=observation)]
+
+
+@dataclass
+class _Seat(Generic[T]):
+    """One play at the table: what is still to be fed, and what the model has said in this turn."""
+
+    player: Player
+    environment: Environment[T]
+    played: Played[T]
+    limits: PlayLimits
+    to_action: Callable[[str], str]
+    feed: list[int] = field(default_factory=list)
+    said: list[int] = field(default_factory=list)
+    n_fed: int = 0
+    over: bool = False
+
+    def prompt_ids(self) -> list[int]:
+        return self.player.template.encode(self._text(generation_prompt=True))[0]
+
+    def next_token(self, choice: int, stop_ids: frozenset[int]) -> int:
+        """The token to feed next, given what the model would say; ends the turn or the play where that is due."""
+        if self.over:  # still at the table until it is cleared; what it is fed no longer matters
+            return choice
+        self.n_fed += 1
+        if self.feed:
+            return self.feed.pop(0)
+        self.said.append(choice)
+        if choice in stop_ids or len(self.said) == self.limits.max_turn_tokens:
+            self._end_turn(stopped=choice in stop_ids)
+        self.over = self.over or self.n_fed >= self.limits.max_tokens
+        return choice
+
+    def _end_turn(self, *, stopped: bool) -> None:
+        """Act, and queue what the template puts between the agent's last token and its next turn."""
+        words = self.said[:-1] if stopped else self.said
+        text = self.player.template.decode(words)
+        self.said = []
+        observation, reward, done = self.environment.step(self.to_action(text))
+        before = self._text(generation_prompt=True)
+        self.played.messages += [Message(role="assistant", content=text), Message(role="user", content=observation)]
+        self.played.reward, self.played.n_turns, self.played.finished = reward, self.played.n_turns + 1, done
+        if done or self.played.n_turns == self.limits.max_turns:
+            self.over = True
+            return
+        after = self._text(generation_prompt=True)
+        if not after.startswith(before):
+            raise EvaluationError("the chat template changes earlier turns when later ones follow; such templates cannot be played yet")
+        self.feed = self.player.template.encode(self._behind_turn(after[len(before) :], stopped=stopped))[0]
+
+    def _behind_turn(self, rest: str, *, stopped: bool) -> str:
+        """What follows the agent's words in `rest`; without the stop token when the model has said that itself."""
+        stops = [(rest.find(stop), len(stop)) for stop in self.player.template.stop_texts if stop in rest]
+        if not stops:
+            raise EvaluationError("the chat template ends no turn with a special token; its models cannot be played")
+        start, length = min(stops)
+        return rest[start + length :] if stopped else rest[start:]
+
+    def _text(self, *, generation_prompt: bool) -> str:
+        turns, _ = self.player.template.prepare(self.played.messages)
+        return self.player.template.text(turns, generation_prompt=generation_prompt)
+
+
+def stop_token_ids(player: Player) -> frozenset[int]:
+    """The tokens that end a turn: the tokenizer's end token and those of the generation configuration."""
+    tokenizer: Any = player.template.tokenizer
+    configured = getattr(player.model.generation_config, "eos_token_id", None)
+    listed = configured if isinstance(configured, list) else [configured]
+    return frozenset(token for token in [tokenizer.eos_token_id, *listed] if token is not None)
+
+
+def _run(player: Player, seats: list[_Seat[T]], limits: PlayLimits, on_progress: Callable[[int, int, int], None]) -> None:
+    """Feed all seats token by token until every play is over."""
+    import torch
+
+    device = next(player.model.parameters()).device
+    stop_ids = stop_token_ids(player)
+    cache = roomy_cache(player.model.config, limits.max_tokens)
+    with torch.inference_mode():
+        ids, mask = _pad_left([seat.prompt_ids() for seat in seats], device)
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        choices = _forward(player.model, ids, mask, positions, cache)
+        position = positions[:, -1:] + 1  # (seats, 1)
+        active = list(seats)
+        for step in range(limits.max_tokens):
+            fed = [seat.next_token(choice, stop_ids) for seat, choice in zip(active, choices, strict=True)]
+            on_progress(len(seats) - sum(not seat.over for seat in seats), len(seats), step)
+            kept = [index for index, seat in enumerate(active) if not seat.over]
+            if not kept:
+                return
+            tokens = torch.tensor(fed, device=device)[:, None]  # (seats, 1)
+            if len(kept) <= 0.75 * len(active):  # leave the table to those who still play
+                rows = torch.tensor(kept, device=device)
+                cache.reorder_cache(rows)  # works for every kind of layer, with fewer rows too
+                mask, position, tokens = mask[rows], position[rows], tokens[rows]
+                active = [active[index] for index in kept]
+            mask = torch.cat([mask, mask.new_ones(len(active), 1)], dim=1)
+            choices = _forward(player.model, tokens, mask, position, cache)
+            position = position + 1
+        for seat in active:
+            seat.over = True
+
+
+def _forward(model: Any, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: Any) -> list[int]:
+    """The likeliest next token of each row; the head sees the last position only."""
+    out = model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    return [int(token) for token in out.logits[:, -1].argmax(-1)]
+
+
+def _pad_left(prompts: Sequence[list[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """(ids, mask), both (rows, tokens), prompts ending at the right edge."""
+    import torch
+
+    length = max(map(len, prompts))
+    ids = torch.zeros(len(prompts), length, dtype=torch.long)
+    mask = torch.zeros(len(prompts), length, dtype=torch.long)
+    for row, prompt in enumerate(prompts):
+        ids[row, length - len(prompt) :] = torch.tensor(prompt)
+        mask[row, length - len(prompt) :] = 1
+    return ids.to(device), mask.to(device)
+
+
+def roomy_cache(config: Any, room: int) -> Any:
+    """A transformers cache whose attention layers leave room to grow, so that a new token is not a copy of all before it."""
+    import torch
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer
+
+    class RoomyLayer(DynamicLayer):  # type: ignore[misc]
+        """Keys and values are views of larger buffers, filled in place."""
+
+        buffers: tuple[torch.Tensor, torch.Tensor] | None = None
+
+        def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, torch.Tensor]:
+            if not self.is_initialized:
+                self.lazy_initialization(key_states, value_states)
+            old = self.get_seq_length()
+            new = old + key_states.shape[-2]
+            if self.buffers is None or self.keys.data_ptr() != self.buffers[0].data_ptr() or new > self.buffers[0].shape[-2]:
+                self.buffers = tuple(_grown(have, add, old, room) for have, add in ((self.keys, key_states), (self.values, value_states)))  # type: ignore[assignment]
+            keys, values = self.buffers
+            keys[..., old:new, :], values[..., old:new, :] = key_states, value_states
+            self.keys, self.values = keys[..., :new, :], values[..., :new, :]
+            return self.keys, self.values
+
+    def _grown(have: torch.Tensor, add: torch.Tensor, old: int, room: int) -> torch.Tensor:
+        shape = (*add.shape[:-2], old + add.shape[-2] + room, add.shape[-1])  # (rows, heads, tokens, head dimension)
+        buffer = torch.empty(shape, dtype=add.dtype, device=add.device)
+        if old:
+            buffer[..., :old, :] = have
+        return buffer
+
+    cache = DynamicCache(config=config)
+    cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache

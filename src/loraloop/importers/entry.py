@@ -1,0 +1,143 @@
+"""One entry of a file on its way in: it becomes an Episode, or a Refusal that names its place and what to do about it.
+
+Shared by all importers. An importer turns the entry's JSON value into an Episode and raises `EntryRefused` where it cannot; this
+module adds the file and the place. It guarantees that the id of an imported episode depends on what was imported and on nothing
+else, and `require_clean` that no text gets in which UTF-8 or a database cannot hold.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from loraloop.episode import Episode, EpisodeId
+from loraloop.files import canonical_json, content_hash
+from loraloop.training_data import Refusal
+
+MAX_SHOWN_CHARS = 120
+"""How much of a value a message shows."""
+MAX_DEPTH = 100
+"""How deep an entry's JSON may nest: real tool schemas stay below 20, and some readers give up at 255."""
+IGNORED_KEYS_TAG = "ignored_keys"
+"""The tag that lists, as a JSON list, the keys of an entry that an Episode has no place for."""
+
+
+class EntryRefused(ValueError):
+    """An entry is left out for `reason`; the importers turn it into a Refusal, so it never leaves this package."""
+
+    def __init__(self, reason: str, found: str, expected: str, do_this: str) -> None:
+        self.reason = reason
+        self.found = found
+        self.expected = expected
+        self.do_this = do_this
+        super().__init__(reason, found, expected, do_this)
+
+    def __str__(self) -> str:
+        return f"found {self.found}; expected {self.expected}; do this: {self.do_this}"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One entry as read: `place` is "line 3" or "entry 3" (from 1), and either its JSON value or why it has none."""
+
+    place: str
+    value: object = None
+    problem: EntryRefused | None = None
+
+
+def convert_entries(path: Path, entries: Iterable[Entry], convert: Callable[[object], Episode]) -> Iterator[Episode | Refusal]:
+    """Each entry as `convert` makes it, under its content id, or a Refusal with file, place, found, expected, do this."""
+    for entry in entries:
+        try:
+            if entry.problem is not None:
+                raise entry.problem
+            result: Episode | Refusal = with_content_id(convert(entry.value))
+        except EntryRefused as error:
+            result = Refusal(reason=error.reason, detail=f"{path}, {entry.place}: {error}")
+        yield result
+
+
+def with_content_id(episode: Episode) -> Episode:
+    """`episode` under the id that follows from everything it says except its present id and the time it was taken in.
+
+    The order of keys in tool schemas counts, as chat templates render them in that order. Fields at their defaults do not, so a
+    field added to Episode later leaves the ids of episodes without it as they were.
+    """
+    unsaid = {"id", "outcome", "tools", "metadata"}
+    said = episode.model_dump(mode="json", exclude=unsaid, exclude_defaults=True)
+    said["outcome"] = episode.model_dump(mode="json", include={"outcome"})["outcome"]
+    said["metadata"] = episode.metadata.model_dump(mode="json", exclude={"created_at_ms"}, exclude_defaults=True)
+    said["tools"] = [json.dumps(tool, ensure_ascii=False) for tool in episode.tools]
+    return episode.model_copy(update={"id": EpisodeId.from_content(content_hash(said))})
+
+
+def require_clean(value: object) -> None:
+    """Refuse text with NUL or half a surrogate pair (`bad_encoding`), numbers that are not finite and deep nesting (`bad_shape`).
+
+    JSON can spell all of these, but UTF-8 files, databases and JSON writers cannot take them.
+    """
+    waiting = [(value, 0)]
+    while waiting:
+        item, depth = waiting.pop()
+        if depth > MAX_DEPTH:
+            raise EntryRefused("bad_shape", f"values nested deeper than {MAX_DEPTH}", "less", "flatten it or leave it out")
+        if isinstance(item, str):
+            _require_clean_text(item)
+        elif isinstance(item, float) and not math.isfinite(item):
+            raise EntryRefused("bad_shape", f"the number {item}", "a finite number, as JSON has no others", "write null")
+        elif isinstance(item, dict):
+            waiting.extend((part, depth + 1) for pair in item.items() for part in pair)
+        elif isinstance(item, list):
+            waiting.extend((part, depth + 1) for part in item)
+
+
+def find_finite(value: object) -> float | None:
+    """`value` as a float when it is a finite JSON number, else None; true and false are no numbers here."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def show(value: object) -> str:
+    """`value` for a message: as JSON where it can be, cut to `MAX_SHOWN_CHARS`, safe to print on any terminal."""
+    try:
+        text = canonical_json(value)
+    except (TypeError, ValueError, RecursionError):
+        text = repr(value)
+    return shorten(text)
+
+
+def shorten(text: str) -> str:
+    """`text` on one line, cut to `MAX_SHOWN_CHARS`, with everything that does not print written as an escape."""
+    cut = text[:MAX_SHOWN_CHARS]
+    printable = "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in cut)
+    return printable + ("…" if len(text) > MAX_SHOWN_CHARS else "")
+
+
+def ignored_tag(names: Iterable[str]) -> dict[str, str]:
+    """The tag that lists keys left behind, each once and sorted; no tag when there are none."""
+    distinct = sorted(set(names))
+    return {IGNORED_KEYS_TAG: canonical_json(distinct)} if distinct else {}
+
+
+def _require_clean_text(text: str) -> None:
+    if "\0" in text:
+        found = f"a NUL character after '{_before(text, text.index(chr(0)))}'"
+        advice = "remove the NUL characters or write them as visible text"
+        raise EntryRefused("bad_encoding", found, "text without NUL, which databases cannot store", advice)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        found = f"half of a surrogate pair, {shorten(text[error.start])}, after '{_before(text, error.start)}'"
+        raise EntryRefused("bad_encoding", found, "text that UTF-8 can hold", "write the whole pair, or U+FFFD") from error
+
+
+def _before(text: str, at: int) -> str:
+    return shorten(text[max(0, at - 30) : at])

@@ -1,0 +1,150 @@
+"""JSON files from outside: lines, whole documents, and what the first bytes of a file tell.
+
+Files are UTF-8 with or without a byte order mark, with any line ends. A line that cannot be read spoils itself only; a document
+that cannot be read is an ImportFailed. Nothing here knows what the JSON means.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from loraloop.errors import ImportFailed
+from loraloop.importers.entry import Entry, EntryRefused, shorten
+
+_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|["{}\[\],]', re.DOTALL)
+_FIRST_OBJECT = re.compile(r"[\ufeff\s]*\[?\s*\{")
+
+
+def load_document(path: Path) -> object:
+    """The value of a file that is one JSON document. Raises ImportFailed when it cannot be read or is no JSON."""
+    try:
+        return parse_json(_read_bytes(path))
+    except EntryRefused as error:
+        raise ImportFailed(f"{path}: found {error.found}; expected one whole JSON document; do this: {_WHOLE_ADVICE}") from error
+
+
+def iter_entries(path: Path) -> Iterator[Entry]:
+    """The entries of a file of JSON Lines ("line 3"), or of one JSON document that is a list or a single object ("entry 3").
+
+    A file whose first line is a whole JSON object is read line by line, and so is one whose lines merely look broken. Blank lines
+    are skipped; an empty file has no entries. Raises ImportFailed when a list or object over several lines is incomplete.
+    """
+    if is_by_line(path):
+        yield from _iter_lines(path)
+        return
+    document = load_document(path)
+    for number, value in enumerate(document if isinstance(document, list) else [document], 1):
+        yield Entry(f"entry {number}", value)
+
+
+def count_entries(path: Path) -> int | None:
+    """How many entries `iter_entries` gives when it goes by line, else None, as a document must be parsed to be counted."""
+    if not is_by_line(path):
+        return None
+    with _open(path) as file:
+        return sum(1 for line in file if _strip(line))
+
+
+def is_by_line(path: Path) -> bool:
+    """Whether each line is an entry, rather than the whole file one document."""
+    with _open(path) as file:
+        first = next((line for line in map(_strip, file) if line), b"")
+        has_more = any(_strip(line) for line in file)
+    try:
+        value = parse_json(first)
+    except EntryRefused:
+        return not (first == b"{" or first.startswith(b"["))
+    return has_more or not isinstance(value, list)
+
+
+def parse_json(data: bytes) -> object:
+    """The JSON value of `data`. Refused as `bad_encoding` for NUL bytes and other than UTF-8, as `bad_json` for what is not JSON.
+
+    NaN and Infinity pass, as Python writes them; who uses a number checks it.
+    """
+    text = _decode(data.removeprefix(codecs.BOM_UTF8))
+    try:
+        value: object = json.loads(text)
+    except json.JSONDecodeError as error:
+        where = f"line {error.lineno}, column {error.colno}" if error.lineno > 1 else f"column {error.colno}"
+        found = f"no JSON ({error.msg} at {where}): {shorten(text)}"
+        raise EntryRefused("bad_json", found, "one JSON object", _LINE_ADVICE) from error
+    except (ValueError, RecursionError) as error:  # integers of thousands of digits; thousands of nested brackets
+        found = f"JSON that Python cannot read ({shorten(str(error))}): {shorten(text)}"
+        raise EntryRefused("bad_json", found, "one JSON object", _LINE_ADVICE) from error
+    return value
+
+
+def first_object_keys(head: str) -> set[str]:
+    """The keys of the first object in `head`, the beginning of an object or of a list of objects, which may be cut anywhere.
+
+    Keys of values inside are not among them. Empty when `head` begins in another way.
+    """
+    begin = _FIRST_OBJECT.match(head)
+    keys: set[str] = set()
+    depth, key_follows = 1, True
+    for token in _TOKEN.finditer(head, begin.end()) if begin else ():
+        mark = token.group()
+        if mark == '"':  # a string that is cut off
+            break
+        if mark in "{[":
+            depth += 1
+        elif mark in "}]":
+            depth -= 1
+            if depth == 0:
+                break
+        elif depth == 1 and mark == ",":
+            key_follows = True
+        elif depth == 1 and key_follows:
+            keys.add(mark[1:-1])
+            key_follows = False
+    return keys
+
+
+_LINE_ADVICE = "repair or delete it; if the file is still being written, ingest it again when it is complete"
+_WHOLE_ADVICE = "check that the file is complete; if a run is still writing it, wait for its end"
+
+
+def _iter_lines(path: Path) -> Iterator[Entry]:
+    with _open(path) as file:
+        for number, line in enumerate(file, 1):
+            if not (stripped := _strip(line)):
+                continue
+            place = f"line {number}"
+            try:
+                yield Entry(place, parse_json(stripped))
+            except EntryRefused as error:
+                yield Entry(place, problem=error)
+
+
+def _decode(data: bytes) -> str:
+    expected = "UTF-8 text"
+    if b"\0" in data:
+        at = data.index(b"\0")
+        raise EntryRefused("bad_encoding", f"a NUL byte at byte {at + 1}", expected, "write it again as UTF-8 without NUL bytes")
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        found = f"byte 0x{data[error.start]:02x} at byte {error.start + 1}, which is not UTF-8"
+        raise EntryRefused("bad_encoding", found, expected, "convert the text to UTF-8") from error
+
+
+def _strip(line: bytes) -> bytes:
+    return line.strip().removeprefix(codecs.BOM_UTF8).strip()
+
+
+def _read_bytes(path: Path) -> bytes:
+    with _open(path) as file:
+        return file.read()
+
+
+def _open(path: Path) -> BinaryIO:
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise ImportFailed(f"{path}: cannot be opened ({error.strerror}); give a file that can be read") from error

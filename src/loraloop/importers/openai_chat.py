@@ -1,0 +1,118 @@
+"""OpenAI chat fine-tuning data: JSON Lines, or a JSON list, of objects with `messages` and often `tools`.
+
+Every line of this format is a demonstration, so its episode is a Success(1.0) by convention, tagged `outcome_from: format`. A
+line with a verdict or a preference of its own (`reward`, `kto_tag`, …) is none and is refused, never booked as a success.
+What a line says beyond messages, tools and task becomes tags; nothing is dropped without being named.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import ClassVar, cast
+
+from pydantic import JsonValue
+
+from loraloop.episode import Episode, EpisodeMetadata, Success
+from loraloop.files import canonical_json
+from loraloop.importers.entry import EntryRefused, convert_entries, find_finite, ignored_tag, require_clean, show
+from loraloop.importers.json_input import count_entries, first_object_keys, iter_entries
+from loraloop.importers.openai_messages import take_messages, take_tools
+from loraloop.training_data import Refusal
+
+MAX_TAG_CHARS = 1000
+"""An unknown key whose value, as JSON, is this long or longer is named in the tag `ignored_keys` and not kept."""
+
+_KNOWN = {"messages", "tools", "functions", "weight", "task_id"}
+_OWN_TAGS = {"format", "outcome_from", "ignored_keys"}
+_VERDICTS = {"reward", "reward_info", "outcome", "success", "kto_tag", "is_correct"}
+_PREFERENCES = {"rejected_message", "rejected", "chosen", "preferred_output", "non_preferred_output"}
+_MEDIA = {"images", "videos", "audios"}
+_OTHER_FORMATS = {"trajectory_format"}
+
+
+class OpenAIChatImporter:
+    """Reads OpenAI chat data. A `task_id` in a line (text or integer) becomes the task; without it an episode has none."""
+
+    name: ClassVar[str] = "openai"
+    description: ClassVar[str] = 'OpenAI chat data: JSON Lines or a JSON list of {"messages": [...], "tools": [...]}'
+
+    def detect(self, path: Path, head: str) -> bool:
+        """True for objects with `messages` on their first level, and for an empty `.jsonl`, which is data with no lines."""
+        if not head.strip("\ufeff \t\r\n"):
+            return path.suffix.lower() == ".jsonl"
+        openings = [head, *(line for line in head.splitlines() if line.startswith("{"))]
+        return any("messages" in keys and not keys & _OTHER_FORMATS for keys in map(first_object_keys, openings))
+
+    def count(self, path: Path) -> int | None:
+        """The number of lines that are not blank; None for a JSON list."""
+        return count_entries(path)
+
+    def read(self, path: Path) -> Iterator[Episode | Refusal]:
+        """One Episode or Refusal for each line that is not blank, in order. Raises ImportFailed for an unreadable file."""
+        return convert_entries(path, iter_entries(path), _to_episode)
+
+
+def _to_episode(row: object) -> Episode:
+    if not isinstance(row, dict) or "messages" not in row:
+        keys = f"keys {show(sorted(row))}" if isinstance(row, dict) else show(row)
+        raise EntryRefused("bad_shape", keys, "an object with `messages`", "write one conversation a line, or give its --format")
+    weight = _find_weight(row.get("weight"))
+    require_clean({key: value for key, value in row.items() if key != "weight"})
+    _require_demonstration(row)
+    taken = take_messages(row["messages"], "messages")
+    extra, ignored = _other_keys(row)
+    task_id = _find_task_id(row)
+    tags = {"format": OpenAIChatImporter.name, "outcome_from": "format", **extra, **ignored_tag(taken.ignored | ignored)}
+    if weight is not None:
+        tags["weight"] = str(weight)
+    return Episode(
+        task_id=task_id,
+        group_id=task_id,
+        messages=tuple(taken.messages),
+        tools=cast("tuple[dict[str, JsonValue], ...]", take_tools(row.get("tools"), row.get("functions"))),
+        outcome=Success(1.0),
+        metadata=EpisodeMetadata(tags=dict(sorted(tags.items()))),
+    )
+
+
+def _require_demonstration(row: dict[str, object]) -> None:
+    """Refuse lines that mean something else than "learn this": booking them as a success would train on the wrong thing."""
+    for key in (key for key, value in row.items() if value not in (None, "", [], {})):
+        found = f"the key `{key}` = {show(row[key])}"
+        if key in _VERDICTS | _PREFERENCES:
+            advice = f"keep the lines worth learning and remove `{key}` from them, or import with a format that reads it"
+            raise EntryRefused("not_a_demonstration", found, "demonstrations, which carry no verdict or preference", advice)
+        if key in _MEDIA:
+            raise EntryRefused("unsupported_content", found, "text and function calls only", "leave the entry out")
+        if key == "system":
+            raise EntryRefused("bad_shape", found, "the system prompt as the first message", "move it there, with role system")
+        if key == "choices":
+            raise EntryRefused("bad_shape", found, "the whole conversation in `messages`", "append the answer to `messages`")
+
+
+def _find_weight(raw: object) -> float | None:
+    if raw is None:
+        return None
+    weight = find_finite(raw)
+    if weight is None or weight < 0:
+        advice = "write 0 to leave the line out of training, or remove the key for 1"
+        raise EntryRefused("bad_weight", f"weight {show(raw)}", "a finite number from 0 up", advice)
+    return abs(weight)  # -0.0 is 0.0
+
+
+def _has_task_id(row: dict[str, object]) -> bool:
+    value = row.get("task_id")
+    return isinstance(value, int | str) and not isinstance(value, bool) and value != ""
+
+
+def _find_task_id(row: dict[str, object]) -> str | None:
+    return str(row["task_id"]) if _has_task_id(row) else None
+
+
+def _other_keys(row: dict[str, object]) -> tuple[dict[str, str], set[str]]:
+    """(tags, names left behind) for the keys that an Episode has no field for; a `task_id` of a wrong type is one of them."""
+    known = _KNOWN if _has_task_id(row) or row.get("task_id") is None else _KNOWN - {"task_id"}
+    texts = {key: canonical_json(value) for key, value in row.items() if key not in known}
+    kept = {key: text for key, text in texts.items() if len(text) < MAX_TAG_CHARS and key not in _OWN_TAGS}
+    return kept, texts.keys() - kept.keys()

@@ -1,0 +1,62 @@
+"""The file to read first: how recorded runs become an adapter, stage by stage.
+
+    ingest   files  -> episodes in the store       (importers)
+    build    episodes -> a frozen dataset          (a learn model, dataset)
+    train    a dataset -> a TrainedModel           (lora: a child process, the registry)
+
+Each stage is a function from what the one before has left on disk, so each can be run again. This is the only place where the
+stages meet.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from loraloop.dataset import Dataset, freeze
+from loraloop.episode import EpisodeFilter
+from loraloop.importers.ingest import IngestReport, ingest_file, iter_files
+from loraloop.lora.config import LoraTrainerConfig, TrainOptions
+from loraloop.lora.model import TrainedModel
+from loraloop.lora.trainer import LoraTrainer, OnEvent, Samples, run_in_plain_thread
+from loraloop.plugins import EpisodeStore, LearnModel
+
+
+def ingest(
+    store: EpisodeStore,
+    paths: Sequence[Path],
+    format_name: str | None = None,
+    on_progress: Callable[[Path, int, int | None], None] = lambda path, done, total: None,
+) -> Iterator[IngestReport]:
+    """Read every file under `paths` into `store`; gives one report a file. Raises ImportFailed for a file that is no episodes at all."""
+    for path in iter_files(paths):
+        yield ingest_file(store, path, format_name, lambda done, total, path=path: on_progress(path, done, total))  # type: ignore[misc]
+
+
+def build(
+    store: EpisodeStore,
+    learn_model: LearnModel,
+    directory: Path,
+    *,
+    episode_filter: EpisodeFilter | None = None,
+    held_out_fraction: float = 0.2,
+) -> Dataset:
+    """Freeze the episodes that pass the filter into a dataset under `directory`. Raises EmptyData when none gives a sample."""
+    return freeze(store.iter_episodes(episode_filter), learn_model, directory, held_out_fraction=held_out_fraction)
+
+
+def train(
+    store: EpisodeStore,
+    dataset: Dataset,
+    config: LoraTrainerConfig,
+    options: TrainOptions | None = None,
+    on_event: OnEvent | None = None,
+) -> TrainedModel:
+    """Train an adapter on `dataset` and record it. Raises LoraTrainerError and its kinds."""
+    samples = Samples(dataset.load_training(), dataset.load_held_out(), dict(dataset.manifest.refused), dataset.id)
+    trainer = LoraTrainer(config, store, options)
+    model: TrainedModel = run_in_plain_thread(
+        lambda: asyncio.run(trainer.train_samples(samples, dataset.manifest.learn_model, on_event=on_event))
+    )
+    return model

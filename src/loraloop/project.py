@@ -1,0 +1,107 @@
+"""A project: one directory that holds everything, and one method per verb.
+
+    episodes.db      the episode store
+    datasets/<id>/   frozen datasets
+    runs/<id>/       training files and logs
+    models/<id>/     adapters and their records
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from loraloop import pipeline
+from loraloop.dataset import Dataset, list_datasets
+from loraloop.episode import CONVERSATION, EpisodeFilter
+from loraloop.errors import DatasetError, StoreError
+from loraloop.importers.ingest import IngestReport
+from loraloop.lora.config import LoraTrainerConfig, TrainOptions
+from loraloop.lora.model import TrainedModel
+from loraloop.lora.registry import LoraModelRegistry
+from loraloop.lora.trainer import OnEvent
+from loraloop.plugins import LearnModel, find
+from loraloop.store.sql import SqlEpisodeStore
+
+
+class Project:
+    """An open project directory; a context manager. Made when it is not there, unless `create` is False: then StoreError."""
+
+    def __init__(self, directory: str | Path, *, create: bool = True) -> None:
+        self.directory = Path(directory)
+        database = self.directory / "episodes.db"
+        if not create and not database.exists():
+            raise StoreError(f"no project in {self.directory} (it has no {database.name}); begin one with `loraloop ingest PATH`")
+        self.store = SqlEpisodeStore(database)
+        self.registry = LoraModelRegistry(self.directory / "models")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.store.close()
+
+    def ingest(
+        self,
+        paths: Sequence[Path],
+        format_name: str | None = None,
+        on_progress: Callable[[Path, int, int | None], None] = lambda path, done, total: None,
+    ) -> Iterator[IngestReport]:
+        """Read files into the store, one report each."""
+        return pipeline.ingest(self.store, paths, format_name, on_progress)
+
+    def build(
+        self,
+        learn_model: LearnModel | None = None,
+        *,
+        episode_filter: EpisodeFilter | None = None,
+        held_out_fraction: float = 0.2,
+    ) -> Dataset:
+        """Freeze episodes into a dataset; by default whole conversations of the episodes that ended well."""
+        model = learn_model or find("learn_models", CONVERSATION)()
+        return pipeline.build(
+            self.store,
+            model,
+            self.directory / "datasets",
+            episode_filter=episode_filter,
+            held_out_fraction=held_out_fraction,
+        )
+
+    def train(
+        self,
+        config: LoraTrainerConfig,
+        *,
+        dataset: str | None = None,
+        options: TrainOptions | None = None,
+        on_event: OnEvent | None = None,
+    ) -> TrainedModel:
+        """Train on the dataset with this id, the newest without one. Data, log and adapter go into this project."""
+        config = config.replace(output_dir=self.directory / "models", data_dir=self.directory / "runs")
+        return pipeline.train(self.store, self.get_dataset(dataset), config, options, on_event)
+
+    def list_datasets(self) -> list[Dataset]:
+        """The datasets, oldest first."""
+        return list_datasets(self.directory / "datasets")
+
+    def get_dataset(self, dataset_id: str | None = None) -> Dataset:
+        """The dataset whose id begins with `dataset_id`, the newest without one. Raises DatasetError."""
+        datasets = self.list_datasets()
+        if dataset_id is None:
+            if not datasets:
+                raise DatasetError(f"no dataset in {self.directory}; make one with `loraloop build`")
+            return datasets[-1]
+        found = [dataset for dataset in datasets if dataset.id.startswith(dataset_id)]
+        if len(found) != 1:
+            known = ", ".join(dataset.id for dataset in datasets[-5:]) or "none"
+            raise DatasetError(f"{len(found)} datasets begin with {dataset_id!r}; known: {known}")
+        return found[0]
+
+    def list_models(self) -> list[TrainedModel]:
+        """The trained models, oldest first."""
+        return self.registry.list_models()
+
+    def get_model(self, model_id: str) -> TrainedModel:
+        """The model with this id, or `latest`. Raises LoraTrainerError."""
+        return self.registry.get(model_id)

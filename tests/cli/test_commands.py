@@ -1,0 +1,145 @@
+"""The commands as a user types them: real processes, a real store, a real (tiny) model."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+
+
+def run(*arguments: str | Path, cwd: Path, code: int = 0, **environment: str) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [sys.executable, "-m", "loraloop", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **environment},
+        check=False,
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    return done
+
+
+def chat_line(number: int) -> str:
+    return json.dumps(
+        {"messages": [{"role": "user", "content": f"question {number}"}, {"role": "assistant", "content": f"answer {number}"}]}
+    )
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a file of chats, one bad line in it, and a tiny base model."""
+    folder = tmp_path_factory.mktemp("workplace")
+    lines = [chat_line(number) for number in range(20)]
+    lines[7] = '{"messages": [}'
+    (folder / "chats.jsonl").write_text("\n".join(lines) + "\n")
+    tiny.make_model("llama", folder / "model")
+    return folder
+
+
+def test_from_a_file_to_an_adapter(workplace: Path) -> None:
+    first = run("ingest", "chats.jsonl", "--json", cwd=workplace)
+    counts = json.loads(first.stdout)
+    assert {key: counts[key] for key in ("format", "read", "stored", "duplicates", "refused")} == {
+        "format": "openai",
+        "read": 20,
+        "stored": 19,
+        "duplicates": 0,
+        "refused": {"bad_json": 1},
+    }
+    assert "line 8" in first.stderr
+    assert "Next: loraloop build" in first.stderr
+    again = json.loads(run("ingest", "chats.jsonl", "--json", cwd=workplace).stdout)
+    assert (again["stored"], again["duplicates"]) == (0, 19)
+
+    built = json.loads(run("build", "--json", cwd=workplace).stdout)
+    assert {"dataset", "method", "episodes", "samples", "held_out", "refused"} <= built.keys()
+    assert built["method"] == "sft"
+    assert built["samples"] + built["held_out"] + sum(built["refused"].values()) == built["episodes"] == 19
+    assert built["held_out"] > 0
+    assert json.loads(run("build", "--json", cwd=workplace).stdout) == built
+
+    trained = run(
+        "train", "--base", "model", "--epochs", "2", "--lr", "1e-2", "--max-seq-length", "256", "--max-steps", "3", "--json", cwd=workplace
+    )
+    model = json.loads(trained.stdout)
+    assert len(trained.stdout.splitlines()) == 1
+    assert model["sample_count"] == built["samples"] == len(model["episode_ids"])
+    assert model["metrics"]["held_out_loss_after"] < model["metrics"]["held_out_loss_before"]
+    assert model["metrics"]["gpu_memory_mb"] is None
+    assert model["dataset"] == built["dataset"]
+    assert "trained tokens by role: system 0, user 0, assistant" in trained.stderr
+    assert "tool calls recorded: 0, rendered: 0" in trained.stderr
+    assert (workplace / model["adapter_path"] / "adapter_model.safetensors").is_file()
+
+    listed = [json.loads(line) for line in run("models", "list", "--json", cwd=workplace).stdout.splitlines()]
+    assert [entry["id"] for entry in listed] == [model["id"]]
+    shown = run("models", "show", "latest", cwd=workplace)
+    assert model["id"] in shown.stdout
+    assert json.loads(run("models", "show", model["id"], "--json", cwd=workplace).stdout) == model
+
+
+def test_tables_are_for_people_and_end_with_the_next_command(workplace: Path) -> None:
+    for command in (["ingest", "chats.jsonl"], ["build"], ["episodes", "list"], ["datasets", "list"], ["models", "list"]):
+        done = run(*command, "--project", "other" if command[0] == "ingest" else "loraloop-project", cwd=workplace)
+        assert done.stdout.strip()
+        assert "Next: loraloop " in done.stderr
+
+
+def test_episodes_are_listed_and_shown(workplace: Path) -> None:
+    run("ingest", "chats.jsonl", "--project", "third", cwd=workplace)
+    listed = run("episodes", "list", "--limit", "2", "--json", "--project", "third", cwd=workplace)
+    first = json.loads(listed.stdout.splitlines()[0])
+    assert len(listed.stdout.splitlines()) == 2
+    shown = json.loads(run("episodes", "show", first["id"], "--json", "--project", "third", cwd=workplace).stdout)
+    assert shown["messages"][0]["content"].startswith("question ")
+    assert "[assistant] answer" in run("episodes", "show", first["id"], "--project", "third", cwd=workplace).stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["build"], "begin one with `loraloop ingest PATH`"),
+        (["ingest", "nowhere.json"], "nowhere.json"),
+        (["ingest", "model/config.json", "--format", "taubench"], "Did you mean tau-bench?"),
+        (["train", "--base", "x", "--rank", "0"], "lora_rank=0: expected a whole number >= 1"),
+        (["train", "--base", "x", "--dropout", "1"], "lora_dropout=1.0: expected a number >= 0 and < 1"),
+        (["train", "--base", "x", "--dtype", "float16"], "dtype='float16': expected auto, float32 or bfloat16"),
+        (["build", "--method", "dpo"], "method 'dpo': expected sft"),
+        (["models", "show", "lora-1"], "no project"),
+    ],
+)
+def test_mistakes_get_one_message_and_exit_code_1(workplace: Path, arguments: list[str], says: str) -> None:
+    done = run(*arguments, "--project", "empty", cwd=workplace, code=1)
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+
+
+def test_nothing_stored_and_nothing_known_is_a_failure(workplace: Path) -> None:
+    (workplace / "bad.jsonl").write_text('{"messages": [}\n')
+    done = run("ingest", "bad.jsonl", "--format", "openai", "--json", "--project", "fourth", cwd=workplace, code=1)
+    assert json.loads(done.stdout)["refused"] == {"bad_json": 1}
+    assert "nothing was stored" in done.stderr
+
+
+def test_a_base_that_cannot_be_had_is_one_message(workplace: Path) -> None:
+    run("ingest", "chats.jsonl", "--project", "fifth", cwd=workplace)
+    run("build", "--project", "fifth", cwd=workplace)
+    done = run("train", "--base", "./nowhere", "--project", "fifth", cwd=workplace, code=1)
+    assert "base model './nowhere': no such file or folder" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_help_shows_an_example_for_every_verb(workplace: Path) -> None:
+    for command in ("ingest", "build", "train"):
+        assert f"Example: loraloop {command}" in run(command, "--help", cwd=workplace).stdout
+
+
+def test_version(workplace: Path) -> None:
+    assert run("--version", cwd=workplace).stdout.startswith("loraloop ")

@@ -1,0 +1,69 @@
+"""The documents are true: reference pages are what the code says, snippets run, links lead somewhere."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import tiny
+
+from loraloop.plugins import list_names
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def test_reference_pages_are_what_the_code_says() -> None:
+    spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
+    assert spec is not None
+    assert spec.loader is not None
+    generate = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(generate)
+    for path, text in generate.pages().items():
+        assert path.read_text() == text, f"{path.name} is out of date; run `make docs`"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_to_files(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+        assert target.startswith("http") or (page.parent / target).exists(), target
+
+
+def test_the_python_example_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny.make_model("llama", tmp_path / "path" / "to" / "model")
+    monkeypatch.chdir(tmp_path)
+    [snippet] = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len(snippet.strip().splitlines()) <= 14
+    exec(compile(snippet, "README.md", "exec"), {})
+    assert "lora/adapters/lora-" in capsys.readouterr().out
+    shutil.rmtree(tmp_path / "lora")
+
+
+def test_the_readme_is_one_page_with_the_two_commands() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 75
+    assert re.search(r"^make demo", text, re.MULTILINE)
+    assert re.search(r"^make test", text, re.MULTILINE)
+    assert "![" in text
+
+
+def test_every_refusal_code_of_the_learn_models_is_documented() -> None:
+    text = (ROOT / "docs" / "concepts.md").read_text()
+    sources = [*(ROOT / "src/loraloop/learn").glob("*.py"), ROOT / "src/loraloop/chat/render.py"]
+    codes = {code for path in sources for code in re.findall(r'(?:reason=|_refuse\(\w+(?:\.\w+)?, )"(\w+)"', path.read_text())}
+    codes |= set(re.findall(r'"(outcome_\w+|score_below_minimum)"', (ROOT / "src/loraloop/learn/outcome_rules.py").read_text()))
+    assert len(codes) >= 9
+    assert {code for code in codes if f"`{code}`" not in text} == set()
+
+
+def test_every_plugin_that_is_listed_loads() -> None:
+    from loraloop.plugins import find
+
+    assert list_names("importers") == ["openai", "tau-bench"]
+    assert list_names("learn_models") == ["conversation", "worker_task"]
+    for kind in ("importers", "learn_models"):
+        for name in list_names(kind):
+            assert find(kind, name)() is not None
