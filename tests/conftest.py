@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from tiny import make_model
 
 REPO = Path(__file__).resolve().parent.parent
 
@@ -16,3 +19,14 @@ def shared_data() -> Path:
     if not path.is_dir():
         pytest.skip(f"no real recordings at {path}")
     return path
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a tiny random model, made once: `tiny_model("llama")`; see tiny.make_model for the architectures."""
+
+    @functools.cache
+    def make(architecture: str) -> Path:
+        return make_model(architecture, tmp_path_factory.mktemp("models") / f"tiny-{architecture}")
+
+    return make

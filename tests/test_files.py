@@ -12,7 +12,17 @@ from pathlib import Path
 
 import pytest
 
-from loraloop.files import canonical_json, content_hash, file_sha256, json_line, new_directory, read_jsonl, write_atomic, write_json, write_jsonl
+from loraloop.files import (
+    canonical_json,
+    content_hash,
+    file_sha256,
+    json_line,
+    new_directory,
+    read_jsonl,
+    write_atomic,
+    write_json,
+    write_jsonl,
+)
 
 CUT_EMOJI = "cut \ud83d off"
 
@@ -136,7 +146,7 @@ def test_an_unreadable_line_is_named_by_file_and_number(tmp_path: Path, line: by
     path.write_bytes(b'{"a":1}\n\n' + line + b'\n{"a":2}\n')
     rows = read_jsonl(path)
     assert next(rows) == {"a": 1}
-    with pytest.raises(ValueError, match="rows.jsonl, line 3: not JSON"):
+    with pytest.raises(ValueError, match=r"rows\.jsonl, line 3: not JSON"):
         next(rows)
 
 
@@ -156,9 +166,13 @@ def test_directory_appears_whole_when_the_block_ends(tmp_path: Path) -> None:
 
 
 def test_directory_of_a_block_that_fails_never_appears(tmp_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt), new_directory(tmp_path / "made") as folder:
-        (folder / "file").write_text("half")
-        raise KeyboardInterrupt
+    def interrupted() -> None:
+        with new_directory(tmp_path / "made") as folder:
+            (folder / "file").write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert names_in(tmp_path) == []
 
 
@@ -177,16 +191,22 @@ def test_directory_that_is_there_already_is_refused_before_the_block(tmp_path: P
 @pytest.mark.parametrize("kind", ["empty directory", "directory", "file"])
 def test_what_appeared_during_the_block_is_not_overwritten(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "made"
-    with pytest.raises(FileExistsError, match="exists already"), new_directory(path) as folder:
-        (folder / "file").write_text("mine")
-        if kind == "file":
-            path.write_text("theirs")
-        else:
-            path.mkdir()
+
+    def overtaken() -> None:
+        with new_directory(path) as folder:
+            (folder / "file").write_text("mine")
+            if kind == "file":
+                path.write_text("theirs")
+            else:
+                path.mkdir()
             if kind == "directory":
                 (path / "file").write_text("theirs")
+
+    with pytest.raises(FileExistsError, match="exists already"):
+        overtaken()
     assert names_in(tmp_path) == ["made"]
-    assert path.read_text() == "theirs" if kind == "file" else [file.read_text() for file in path.iterdir()] in ([], ["theirs"])
+    found = [path.read_text()] if path.is_file() else [file.read_text() for file in path.iterdir()]
+    assert found == ([] if kind == "empty directory" else ["theirs"])
 
 
 def test_directory_does_not_appear_when_the_process_is_killed_within_the_block(tmp_path: Path) -> None:

@@ -108,14 +108,14 @@ def test_episodes_are_listed_and_shown(workplace: Path) -> None:
         (["ingest", "nowhere.json"], "nowhere.json"),
         (["ingest", "model/config.json", "--format", "taubench"], "Did you mean tau-bench?"),
         (["train", "--base", "x", "--rank", "0"], "lora_rank=0: expected a whole number >= 1"),
-        (["train", "--base", "x", "--dropout", "1"], "lora_dropout=1.0: expected a number >= 0 and < 1"),
+        (["train", "--base", "x", "--dropout", "1"], "lora_dropout=1.0: expected a finite number >= 0 and < 1"),
         (["train", "--base", "x", "--dtype", "float16"], "dtype='float16': expected auto, float32 or bfloat16"),
         (["build", "--method", "dpo"], "method 'dpo': expected sft"),
         (["models", "show", "lora-1"], "no project"),
     ],
 )
 def test_mistakes_get_one_message_and_exit_code_1(workplace: Path, arguments: list[str], says: str) -> None:
-    done = run(*arguments, "--project", "empty", cwd=workplace, code=1)
+    done = run(*arguments, "--project", f"empty-{arguments[0]}", cwd=workplace, code=1)
     assert says in done.stderr
     assert "Traceback" not in done.stderr
     assert done.stdout == ""

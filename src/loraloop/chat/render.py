@@ -15,19 +15,17 @@ from __future__ import annotations
 
 import json
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
-from itertools import accumulate, groupby
+from functools import cache, cached_property
+from itertools import groupby, islice
 
-from loraloop.chat.template import ChatTemplate, Turn, Words
+from loraloop.chat.template import ChatTemplate, Turn
 from loraloop.episode import Message
 from loraloop.errors import RenderError
 from loraloop.training_data import Refusal, TrainingData
 
 ROLES = ("system", "user", "assistant", "tool")
-MOST_CHARACTERS_A_TOKEN = 8
-"""Text with more characters than this for each token of room is not tokenised in the hope that it fits."""
 SAMPLE = 24
 """Characters at the beginning or end of a turn by which its words are known again."""
 
@@ -89,37 +87,53 @@ def check_row(row: Row) -> list[str]:
 
 def _windows(source: _Source, max_length: int) -> tuple[list[Row], list[Refusal]]:
     """Rows that train each agent turn once: as many turns in a row as fit and as the template allows."""
-    rows: list[Row] = []
     refusals = [source.refuse(index, "special_token_text", f"it holds {text}") for index, text in source.special.items()]
-    waiting = source.trained
-    from_the_head = True  # until a turn does not fit behind all that came before it; later ones do so even less
+    uncut = _uncut(source, max_length)
+    rows = [uncut] if uncut else []
+    waiting = [] if uncut else source.trained
     while waiting:
-        start: int | None = source.n_head
-        spans = _fill(source, source.n_head, waiting, max_length) if from_the_head else []
-        if not spans:
-            from_the_head = False
-            start, spans = _best_window(source, waiting, max_length)
-        if start is None:
-            refusals.append(source.refuse(waiting[0], "turn_too_long", f"it does not fit into {max_length} tokens"))
-        elif not spans:
+        window = _best_window(source, waiting, max_length)
+        row = _row(source, *window, max_length) if window else None
+        if row:
+            rows.append(row)
+        elif window and not window[1]:
             detail = "once it is there, the template renders what precedes it otherwise than in the model's prompt"
             refusals.append(source.refuse(waiting[0], "prompt_differs", detail))
         else:
-            rows.append(source.row(start, spans))
-        waiting = waiting[max(len(spans), 1) :]
-        source.forget()
+            refusals.append(source.refuse(waiting[0], "turn_too_long", f"it does not fit into {max_length} tokens"))
+        waiting = waiting[row.n_turns if row else 1 :]
     return rows, refusals
 
 
-def _best_window(source: _Source, waiting: Sequence[int], max_length: int) -> tuple[int | None, list[_Span]]:
-    """(start, what is trained) of a window that trains the first of `waiting` and those behind it; start None when it fits nowhere.
+def _uncut(source: _Source, max_length: int) -> Row | None:
+    """The whole conversation as one row, if it fits and every turn stays unchanged in it."""
+    if not source.trained:
+        return None
+    encoded = source.encode(0, source.trained[-1])
+    if len(encoded.ids) > max_length:
+        return None
+    spans = list(source.iter_spans(0, source.trained))
+    return source.row(0, spans, encoded) if len(spans) == len(source.trained) else None
+
+
+def _row(source: _Source, start: int, spans: Sequence[_Span], max_length: int) -> Row | None:
+    """The window as a row, with fewer turns where it was counted too short; None when nothing fits."""
+    for count in range(len(spans), 0, -1):
+        encoded = source.encode(start, spans[count - 1].turn)
+        if len(encoded.ids) <= max_length:
+            return source.row(start, spans[:count], encoded)
+    return None
+
+
+def _best_window(source: _Source, waiting: Sequence[int], max_length: int) -> tuple[int, list[_Span]] | None:
+    """(start, what is trained) of a window for the first of `waiting` and those behind it; None when that turn fits nowhere.
 
     The window that begins the earliest shows that turn the most, but has little room for those behind it. So one is tried that
     leaves half of the free room to them, and taken when it trains more.
     """
     earliest = _earliest_start(source, waiting[0], max_length)
     if earliest is None:
-        return None, []
+        return None
     spans = _fill(source, earliest, waiting, max_length)
     least = source.n_tokens(source.starts(waiting[0])[-1], waiting[0])
     half = _earliest_start(source, waiting[0], (least + max_length) // 2)
@@ -140,21 +154,15 @@ def _earliest_start(source: _Source, index: int, room: int) -> int | None:
 def _fill(source: _Source, start: int, waiting: Sequence[int], max_length: int) -> list[_Span]:
     """Where the agent's words stand in a window from `start` that trains as many of `waiting` as fit and stay unchanged."""
     spans: list[_Span] = []
-    before = ""
+    unchanged = source.iter_spans(start, waiting)
 
     def holds(count: int) -> bool:
-        nonlocal before
-        for index in waiting[len(spans) : count]:
-            words = source.find_words(start, index)
-            if words is None or not words.text.startswith(before) or words.start < len(before):
-                return False  # prompts that are prefixes of one another are all prefixes of the last turn's rendering
-            before = words.text[: words.end]
-            spans.append(_Span(index, words.start, words.end))
-        return source.n_tokens(start, waiting[count - 1]) <= max_length
+        if source.n_tokens(start, waiting[count - 1]) > max_length:
+            return False
+        spans.extend(islice(unchanged, max(count - len(spans), 0)))
+        return len(spans) >= count
 
-    likely = source.n_characters(start, waiting[-1]) <= MOST_CHARACTERS_A_TOKEN * max_length
-    count = len(waiting) if likely and holds(len(waiting)) else _largest(holds, len(waiting))
-    return spans[:count]
+    return spans[: _largest(holds, len(waiting))]
 
 
 def _largest(holds: Callable[[int], bool], n: int) -> int:
@@ -210,8 +218,7 @@ class _Source:
         self.agent_may_open = template.abilities.agent_opens_with_tools if self.tools else template.abilities.agent_opens
         if self.turns[self.n_head]["role"] == "assistant" and not self.agent_may_open:
             raise RenderError("the chat template cannot begin a conversation with an agent turn")
-        self._characters = [0, *accumulate(len(str(turn)) for turn in self.turns)]
-        self._encoded: dict[tuple[int, int], _Encoded] = {}
+        self._piece_lengths = cache(lambda piece: len(template.encode(piece)[0]))
 
     def starts(self, index: int) -> list[int]:
         """The turns at which a window through turn `index` may begin: never a tool result, whose call would be missing."""
@@ -219,33 +226,28 @@ class _Source:
         behind = ((start, self.messages[start]) for start in range(self.n_head + 1, index + 1))
         return [self.n_head, *(start for start, message in behind if message and message.role in roles)]
 
-    def find_words(self, start: int, index: int) -> Words | None:
-        """`ChatTemplate.find_words` for turn `index` of a window."""
-        return self.template.find_words(self._cut(self.turns, start, index + 1), self.tools)
+    def iter_spans(self, start: int, turns: Sequence[int]) -> Iterator[_Span]:
+        """Where the agent's words of `turns` stand in a window from `start`, up to one behind which those before would change."""
+        before = ""
+        for index in turns:
+            words = self.template.find_words(self._cut(self.turns, start, index + 1), self.tools)
+            if words is None or not words.text.startswith(before) or words.start < len(before):
+                return
+            yield _Span(index, words.start, words.end)
+            before = words.text[: words.end]  # each is a prefix of the next, and so all are of the last
 
-    def encoded(self, start: int, last: int) -> _Encoded:
-        """The window from `start` through turn `last` as tokens; kept until `forget`."""
-        if (start, last) not in self._encoded:
-            text = self.template.text(self._cut(self.turns, start, last + 1), self.tools)
-            self._encoded[start, last] = _Encoded(text, *self.template.encode(text))
-        return self._encoded[start, last]
-
-    def forget(self) -> None:
-        """Drop what `encoded` kept."""
-        self._encoded.clear()
+    def encode(self, start: int, last: int) -> _Encoded:
+        """The window from `start` through turn `last` as tokens."""
+        text = self.template.text(self._cut(self.turns, start, last + 1), self.tools)
+        return _Encoded(text, *self.template.encode(text))
 
     def n_tokens(self, start: int, last: int) -> int:
-        """The length of the window from `start` through turn `last`."""
-        return len(self.encoded(start, last).ids)
+        """How many tokens `encode` would give, from those of the pieces that windows have in common."""
+        text = self.template.text(self._cut(self.turns, start, last + 1), self.tools)
+        return sum(map(self._piece_lengths, self.template.pieces(text)))
 
-    def n_characters(self, start: int, last: int) -> int:
-        """About how long the window's text is, without rendering it."""
-        return self._characters[self.n_head] + self._characters[last + 1] - self._characters[start]
-
-    def row(self, start: int, spans: Sequence[_Span]) -> Row:
+    def row(self, start: int, spans: Sequence[_Span], encoded: _Encoded) -> Row:
         """The window from `start` through the last of `spans`, of which `spans` carry loss."""
-        last = spans[-1].turn
-        encoded = self.encoded(start, last)
         weights = [0.0] * len(encoded.ids)
         n_stops = 0
         for span in spans:
@@ -260,7 +262,7 @@ class _Source:
             weights=weights,
             text=encoded.text,
             episode_id=str(self.sample.episode_id) if self.sample.episode_id else None,
-            trained_by_role=self._trained_by_role(start, last, encoded, weights),
+            trained_by_role=self._trained_by_role(start, spans[-1].turn, encoded, weights),
             n_turns=len(spans),
             n_stops=n_stops,
             n_calls_recorded=recorded,
@@ -273,7 +275,7 @@ class _Source:
 
     def _cut(self, turns: Sequence[Turn], start: int, stop: int) -> list[Turn]:
         """The head and the turns from `start` up to, not with, `stop`."""
-        return [*turns[: self.n_head], *turns[start:stop]]
+        return [*turns[: self.n_head], *turns[max(start, self.n_head) : stop]]
 
     def _trained_by_role(self, start: int, last: int, encoded: _Encoded, weights: Sequence[float]) -> dict[str, int]:
         """Trained tokens by the role of who wrote them.

@@ -14,6 +14,7 @@ It needs a fast tokenizer with a chat template, and never runs code from a model
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -96,6 +97,16 @@ class ChatTemplate:
         return tuple(sorted(special | set(self.tokenizer.all_special_tokens), key=lambda text: (-len(text), text)))
 
     @cached_property
+    def _special(self) -> re.Pattern[str]:
+        return re.compile("(" + "|".join(map(re.escape, self.stop_texts)) + ")")
+
+    @cached_property
+    def _can_cut(self) -> bool:
+        """Whether what stands between special tokens is tokenised by itself, as it is by nearly all tokenizers."""
+        text = self.text([_ASK, {"role": "assistant", "content": " probe  answer"}, _ASK])
+        return sum(len(self.encode(piece)[0]) for piece in self._special.split(text)) == len(self.encode(text)[0])
+
+    @cached_property
     def generation_prompt(self) -> str:
         """What the template puts before the model's answer; "" when that is nothing."""
         asked = self.text([_ASK])
@@ -106,13 +117,17 @@ class ChatTemplate:
         """The template's rendering of prepared turns; raises RenderError with the template's own complaint."""
         try:
             return self._render(list(turns), list(tools) or None, generation_prompt)
-        except Exception as error:  # noqa: BLE001  a template may raise anything; it comes with the model, not with us
+        except Exception as error:  # a template may raise anything; it comes with the model, not with us
             raise RenderError(f"the chat template refuses this conversation: {error}") from error
 
     def encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Token ids of a rendered text, and each one's (start, end) in characters."""
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         return list(encoded["input_ids"]), [tuple(pair) for pair in encoded["offset_mapping"]]
+
+    def pieces(self, text: str) -> list[str]:
+        """A rendered text cut before and behind its special tokens, where that leaves the number of tokens as it is."""
+        return [piece for piece in self._special.split(text) if piece] if self._can_cut else [text]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, special tokens left out."""

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 HEAD_CHUNK = 1024
 """Supervised positions whose logits exist at one time: this many times the vocabulary, in float32."""
-MICRO_BATCH_TOKENS = 4096
+MICRO_BATCH_TOKENS = 2048
 """A micro-batch holds no more padded tokens than this, unless one row alone has more."""
 
 

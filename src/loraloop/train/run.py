@@ -136,7 +136,7 @@ def _use_checkpointing(model: Any, rows: RowSet, batch_size: int, emit: Emit) ->
     config = model.get_base_model().config
     hidden, layers = config.hidden_size, config.num_hidden_layers
     width = getattr(config, "intermediate_size", 4 * hidden) or 4 * hidden
-    n_bytes = layers * 4 * (30 * hidden + 8 * width)  # kept by PEFT's forward for one token, in float32 (docs/lab-book.md)
+    n_bytes = layers * 4 * (18 * hidden + 5 * width)  # kept by PEFT's forward for one token, in float32 (docs/lab-book.md)
     longest = max(len(row.ids) for row in rows.rows)
     need = n_bytes * min(batch_size * longest, max(longest, loop.MICRO_BATCH_TOKENS))
     free = _free_memory()

@@ -1,0 +1,135 @@
+"""A training file becomes rows, or an error that names what is wrong with it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import CHATML, make_tokenizer
+
+from loraloop.chat.template import ChatTemplate
+from loraloop.episode import EpisodeId, Message
+from loraloop.errors import EmptyData, RenderError
+from loraloop.train.data import build_rows, read_samples
+from loraloop.training_data import TrainingData
+
+pytestmark = pytest.mark.filterwarnings("ignore:builtin type .* has no __module__ attribute:DeprecationWarning")
+
+CALL = {"id": "c1", "type": "function", "function": {"name": "find", "arguments": '{"what": "egg"}'}}
+LOSES_CALLS = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] }}"
+    "{% for call in message.tool_calls or [] %}{% if call.function.name.startswith('probe') or loop.index > 1 %}"
+    "{{ '<call>' + call.function.name + ' ' + call.function.arguments|tojson + '</call>' }}{% endif %}{% endfor %}"
+    "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+"""Keeps the calls of a probe, and loses the first of every other turn."""
+
+
+def template(text: str = CHATML) -> ChatTemplate:
+    return ChatTemplate(make_tokenizer(text))
+
+
+def sample(*turns: dict[str, Any], number: int = 1, **fields: Any) -> TrainingData:
+    default = ({"role": "user", "content": "Say hello"}, {"role": "assistant", "content": "hello"})
+    messages = tuple(Message.model_validate(turn) for turn in turns or default)
+    return TrainingData(messages=messages, episode_id=EpisodeId.from_content(f"{number:032x}"), **fields)
+
+
+def write_lines(path: Path, *lines: Any) -> Path:
+    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
+    return path
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------------
+
+GOOD = {"conversations": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+
+
+def test_a_line_with_only_conversations_is_a_sample(tmp_path: Path) -> None:
+    (read,) = read_samples(write_lines(tmp_path / "data.jsonl", GOOD))
+    assert [(message.role, message.content) for message in read.messages] == [("user", "a"), ("assistant", "b")]
+    assert (read.kind, read.weight, read.tools, read.episode_id) == ("sft", 1.0, (), None)
+
+
+def test_a_line_that_is_not_json_is_named_by_its_number(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "data.jsonl", GOOD, "", '{"conversations": [')
+    with pytest.raises(ValueError, match=r"data\.jsonl, line 3: not JSON"):
+        read_samples(path)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        [],
+        {},
+        {"conversations": []},
+        {"conversations": "text"},
+        {"conversations": [{"role": "robot", "content": "a"}]},
+        {"conversations": [{"from": "human", "value": "a"}]},
+        {**GOOD, "kind": "ppo"},
+        {**GOOD, "weight": 0},
+        {**GOOD, "weight": "heavy"},
+        {**GOOD, "tools": 5},
+        {**GOOD, "rejected": 5},
+        {**GOOD, "episode_id": "../x"},
+    ],
+    ids=lambda line: json.dumps(line)[:60],
+)
+def test_a_line_that_is_no_sample_is_named_by_its_number(tmp_path: Path, line: Any) -> None:
+    with pytest.raises(ValueError, match=r"data\.jsonl, sample 2: "):
+        read_samples(write_lines(tmp_path / "data.jsonl", GOOD, line))
+
+
+# --- rows -------------------------------------------------------------------------------------------------------------------
+
+
+def test_report_counts_samples_rows_and_tokens() -> None:
+    made = build_rows([sample(), sample(number=2), sample({"role": "user", "content": "?"}, number=3)], template(), 200)
+    text = "<|im_start|>user\nSay hello<|im_end|>\n<|im_start|>assistant\nhello<|im_end|>\n"
+    n_tokens = len(text) - 2 * len("im_start||<>") - 2 * len("im_end||<>") + 4  # single bytes, and four special tokens
+    report = made.report
+    assert (report.samples, report.samples_used, report.rows) == (3, 2, 2)
+    assert report.n_tokens == 2 * n_tokens
+    assert report.n_supervised_tokens == 2 * (len("hello") + 1)
+    assert report.trained_by_role == {"system": 0, "user": 0, "assistant": 12, "tool": 0}
+    assert (report.turns, report.stops_trained, report.calls_recorded, report.calls_rendered) == (2, 2, 0, 0)
+    assert report.refused == {"no_agent_turn": 1}
+    assert report.tools_rendered_by == "none"
+    assert made.used_episode_ids() == [sample().episode_id, sample(number=2).episode_id]
+
+
+def test_samples_that_cannot_be_trained_are_refused_by_reason() -> None:
+    long = sample({"role": "user", "content": "?"}, {"role": "assistant", "content": "y" * 300}, number=2)
+    pair = TrainingData.dpo("a", "b", "c")
+    made = build_rows([sample(), long, pair], template(), 100)
+    assert made.report.refused == {"kind_dpo": 1, "turn_too_long": 1}
+    assert [refusal.reason for refusal in made.refusals] == ["turn_too_long", "kind_dpo"]
+
+
+def test_nothing_but_refusals_is_empty_data_with_the_counts() -> None:
+    with pytest.raises(EmptyData, match="none of 2 samples gave anything to train on") as failure:
+        build_rows([sample({"role": "user", "content": "?"}), TrainingData.dpo("a", "b", "c")], template(), 100)
+    assert failure.value.refused == {"kind_dpo": 1, "no_agent_turn": 1}
+
+
+def test_a_template_without_tools_trains_calls_through_the_fallback() -> None:
+    turns = ({"role": "user", "content": "?"}, {"role": "assistant", "content": None, "tool_calls": [CALL, CALL]})
+    made = build_rows([sample(*turns)], template(), 500)
+    assert (made.report.calls_recorded, made.report.calls_rendered, made.report.tools_rendered_by) == (2, 2, "fallback")
+
+
+def test_a_template_that_loses_tool_calls_stops_the_run_before_anything_is_trained() -> None:
+    turns = ({"role": "user", "content": "?"}, {"role": "assistant", "content": "I look.", "tool_calls": [CALL]})
+    losing = template(LOSES_CALLS)
+    assert losing.abilities.arguments is not None, "the template must pass the probes for this test to mean anything"
+    with pytest.raises(RenderError, match=r"the data check failed: tool_calls_lost in 1 rows; .* Nothing was trained\.") as failure:
+        build_rows([sample(), sample(*turns, number=2)], losing, 500)
+    assert str(sample(number=2).episode_id) in str(failure.value)
+
+
+def test_progress_is_told_after_each_sample() -> None:
+    heard: list[int] = []
+    build_rows([sample(), sample(), sample()], template(), 100, heard.append)
+    assert heard == [1, 2, 3]
