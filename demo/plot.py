@@ -9,16 +9,16 @@ from loraloop.training_record import TrainingRecord
 
 def plot_losses(record: TrainingRecord, path: Path) -> None:
     """Every step's loss, a running mean over it, and the held-out loss before and after; `path` and the same with .png."""
-    import matplotlib
+    import matplotlib as mpl
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
 
     steps = [step for step, _ in record.loss_history]
     losses = [loss for _, loss in record.loss_history]
     width = max(1, len(losses) // 15)
     means = [sum(losses[max(0, i - width + 1) : i + 1]) / len(losses[max(0, i - width + 1) : i + 1]) for i in range(len(losses))]
-    figure, axes = pyplot.subplots(figsize=(7, 4))
+    figure, axes = plt.subplots(figsize=(7, 4))
     axes.plot(steps, losses, color="#b9c6dd", linewidth=1, label="loss of a step")
     axes.plot(steps, means, color="#27518f", linewidth=2, label=f"mean of {width} steps")
     if record.held_out_loss_before is not None and record.held_out_loss_after is not None:
@@ -32,4 +32,4 @@ def plot_losses(record: TrainingRecord, path: Path) -> None:
     figure.tight_layout()
     figure.savefig(path)
     figure.savefig(path.with_suffix(".png"), dpi=150)
-    pyplot.close(figure)
+    plt.close(figure)

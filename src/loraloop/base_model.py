@@ -12,7 +12,7 @@ import io
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -52,7 +52,7 @@ def resolve_base(base: str, say: Callable[[str], None] = lambda _: None) -> Base
         raise BaseModelError(f"base model {base!r}: no such file or folder; {_WAYS}")
     else:
         folder, name, source = _from_hub(base, say), base, "hub"
-    return BaseModel(name=name, source=source, path=folder, sha256=_hash_folder(folder, base))  # type: ignore[arg-type]
+    return BaseModel(name=name, source=source, path=folder, sha256=_hash_folder(folder, base))
 
 
 def load_tokenizer(base: BaseModel) -> Any:
@@ -128,22 +128,24 @@ def _from_hub(base: str, say: Callable[[str], None]) -> Path:
     name, _, revision = base.partition("@")
     with contextlib.suppress(Exception):  # not in the local cache, or not a hub id at all: the next call tells which
         folder = Path(huggingface_hub.snapshot_download(name, revision=revision or None, allow_patterns=_HUB_FILES, local_files_only=True))
-        if _is_whole(folder):
+        if not _list_missing(folder):
             return folder
     say(f"fetching {base} from the hub")
     try:
-        return Path(huggingface_hub.snapshot_download(name, revision=revision or None, allow_patterns=_HUB_FILES))
+        folder = Path(huggingface_hub.snapshot_download(name, revision=revision or None, allow_patterns=_HUB_FILES))
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise BaseModelError(f"base model {base!r} is not on this machine and cannot be had from the hub ({reason}); {_WAYS}") from error
+    if missing := _list_missing(folder):  # offline, the hub's library gives what it has
+        raise BaseModelError(f"base model {base!r}: {', '.join(missing)} is not on this machine and cannot be had from the hub; {_WAYS}")
+    return folder
 
 
-def _is_whole(folder: Path) -> bool:
-    """Whether a folder of the hub's cache has configuration, tokenizer and all weights; other programs may have fetched a part only."""
+def _list_missing(folder: Path) -> list[str]:
+    """What a folder of the hub's cache lacks of configuration, tokenizer and weights; other programs may have fetched a part only."""
     indexes = [json.loads(file.read_bytes()) for file in folder.glob("*.safetensors.index.json")]
-    weights = {str(name) for index in indexes for name in index["weight_map"].values()}
-    there = all((folder / name).is_file() for name in {"config.json", *weights})
-    return there and any(folder.glob("*.safetensors")) and any(folder.glob("tokenizer*"))
+    shards = sorted({str(name) for index in indexes for name in index["weight_map"].values()})
+    return [pattern for pattern in ("config.json", "tokenizer*", "*.safetensors", *shards) if not any(folder.glob(pattern))]
 
 
 def _from_gguf(path: Path, say: Callable[[str], None]) -> Path:
@@ -159,10 +161,9 @@ def _from_gguf(path: Path, say: Callable[[str], None]) -> Path:
     import torch
     import transformers
 
-    transformers.utils.logging.disable_progress_bar()
     try:
         folder, name = str(path.parent), path.name
-        with contextlib.redirect_stderr(io.StringIO()):  # its progress bar is not ours
+        with _quiet():
             model = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
             tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=name)
     except Exception as error:
@@ -176,15 +177,29 @@ def _from_gguf(path: Path, say: Callable[[str], None]) -> Path:
     return target
 
 
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' progress bars, and without its report of a head that is missing where it is the embeddings again."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    verbosity = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity_error()
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        transformers.utils.logging.set_verbosity(verbosity)
+
+
 def _hash_folder(folder: Path, base: str) -> str:
     """SHA-256 over the names and hashes of config.json and the weights; raises BaseModelError when they are not there."""
     weights = sorted(folder.glob("*.safetensors"))
     if not (folder / "config.json").is_file() or not weights:
         found = ", ".join(sorted(file.name for file in folder.iterdir())[:8]) or "nothing"
         raise BaseModelError(
-            f"base model {base!r}: the folder needs config.json and *.safetensors, and holds {found}; pickled weights (.bin, .pt) are not read. "
-            + _WAYS[0].upper()
-            + _WAYS[1:]
+            f"base model {base!r}: the folder needs config.json and *.safetensors, and holds {found} "
+            f"(pickled weights, .bin and .pt, are not read); {_WAYS}"
         )
     digest = hashlib.sha256()
     for file in [folder / "config.json", *weights]:

@@ -151,9 +151,10 @@ class Message(Frozen):
         message: dict[str, Any] = {"role": self.role, "content": self.content}
         if self.tool_calls:
             message["tool_calls"] = [call.model_dump(exclude_none=True) for call in self.tool_calls]
-        for key, value in (("name", self.name), ("tool_call_id", self.tool_call_id)):
-            if value is not None:
-                message[key] = value
+        if self.name is not None:
+            message["name"] = self.name
+        if self.tool_call_id is not None:
+            message["tool_call_id"] = self.tool_call_id
         return message
 
 

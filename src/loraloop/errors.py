@@ -84,8 +84,7 @@ class ScriptNotFound(LoraTrainerError, FileNotFoundError):
 
     def __str__(self) -> str:
         return (
-            f"Script not found: {self.path}; give the path of an existing script, "
-            "or train_script=None for loraloop's own training process"
+            f"Script not found: {self.path}; give the path of an existing script, or train_script=None for loraloop's own training process"
         )
 
 

@@ -100,7 +100,7 @@ def new_directory(path: Path) -> Iterator[Path]:
         for entry in (*aside.rglob("*"), aside):
             if not entry.is_symlink():
                 _sync(entry)
-        os.chmod(aside, 0o755)
+        os.chmod(aside, 0o755)  # noqa: S103  mkdtemp shuts out others, such as a server under another user
         _move(aside, path)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)

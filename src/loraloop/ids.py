@@ -26,6 +26,7 @@ _last = [0, 0]  # the newest millisecond given out, and how many ids it has
 class SortableId(str):
     """A text id with a prefix of its kind; subclasses set `prefix`. Equal and ordered as text, so by time."""
 
+    __slots__ = ()
     prefix: ClassVar[str] = "id"
 
     @classmethod

@@ -1,9 +1,7 @@
 """A project: one directory that holds everything, and one method per verb.
 
-    episodes.db      the episode store
-    datasets/<id>/   frozen datasets
-    runs/<id>/       training files and logs
-    models/<id>/     adapters and their records
+`episodes.db` is the episode store, `datasets/<id>/` are frozen datasets, `runs/<id>/` training files and logs, `models/<id>/`
+adapters and their records.
 """
 
 from __future__ import annotations

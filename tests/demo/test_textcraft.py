@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def tree() -> textcraft.Tree:
+def tree() -> textcraft.CraftingTree:
     return textcraft.load_tree()
 
 
@@ -38,7 +38,7 @@ def test_the_same_task_reads_the_same_under_every_hash_seed() -> None:
     assert len(prints) == 1
 
 
-def test_playing_changes_no_table(tree: textcraft.Tree) -> None:
+def test_playing_changes_no_table(tree: textcraft.CraftingTree) -> None:
     environment = textcraft.TextCraftEnvironment(tree)
     tasks = textcraft.list_tasks(tree, (2,))
     first = environment.reset(tasks[0])
@@ -47,7 +47,7 @@ def test_playing_changes_no_table(tree: textcraft.Tree) -> None:
     assert environment.reset(tasks[0]) == first
 
 
-def test_the_expert_reaches_most_goals_and_chance_hardly_any(tree: textcraft.Tree) -> None:
+def test_the_expert_reaches_most_goals_and_chance_hardly_any(tree: textcraft.CraftingTree) -> None:
     environment = textcraft.TextCraftEnvironment(tree)
     tasks = textcraft.list_tasks(tree, (1, 2))
     wins = Counter(task.depth for task in tasks if textcraft.play_expert(environment, task).reward)
@@ -58,34 +58,46 @@ def test_the_expert_reaches_most_goals_and_chance_hardly_any(tree: textcraft.Tre
     assert by_chance <= 0.05 * counts[2]
 
 
-def test_the_reward_is_the_games_own(tree: textcraft.Tree) -> None:
+def test_the_reward_is_the_games_own(tree: textcraft.CraftingTree) -> None:
     environment = textcraft.TextCraftEnvironment(tree)
     task = next(task for task in textcraft.list_tasks(tree, (1,)) if task.goal == "minecraft:slime_block")
     environment.reset(task)
-    assert environment.step("craft slime block using 9 slime ball") == ("Could not find enough items to craft minecraft:slime_block", 0.0, False)
+    assert environment.step("craft slime block using 9 slime ball") == (
+        "Could not find enough items to craft minecraft:slime_block",
+        0.0,
+        False,
+    )
     assert environment.step("get 9 slime ball") == ("Got 9 slime ball", 0.0, False)
     assert environment.step("inventory") == ("Inventory: [slime ball] (9)", 0.0, False)
     assert environment.step("craft slime block using 9 slime ball") == ("Crafted 1 minecraft:slime_block", 1.0, True)
 
 
-def test_a_run_of_mistakes_ends_a_play(tree: textcraft.Tree) -> None:
+def test_a_run_of_mistakes_ends_a_play(tree: textcraft.CraftingTree) -> None:
     environment = textcraft.TextCraftEnvironment(tree)
     environment.reset(textcraft.list_tasks(tree, (2,))[0])
     ends = [environment.step(words)[2] for words in ("hello", "craft", "get 1 nothing", "")]
     assert ends == [False, False, False, True]
 
 
-def test_malformed_commands_are_answers_not_crashes(tree: textcraft.Tree) -> None:
+def test_malformed_commands_are_answers_not_crashes(tree: textcraft.CraftingTree) -> None:
     environment = textcraft.TextCraftEnvironment(tree)
     task = textcraft.list_tasks(tree, (2,))[0]
-    for words in ("craft x using", "craft x using 3", "get 0 string", "get -1 string", "craft  using  ", "get 99999999999999999999 x", "\0"):
+    for words in (
+        "craft x using",
+        "craft x using 3",
+        "get 0 string",
+        "get -1 string",
+        "craft  using  ",
+        "get 99999999999999999999 x",
+        "\0",
+    ):
         environment.reset(task)
         observation, reward, _ = environment.step(words)
         assert observation
         assert reward == 0
 
 
-def test_held_out_goals_are_never_recorded(tree: textcraft.Tree) -> None:
+def test_held_out_goals_are_never_recorded(tree: textcraft.CraftingTree) -> None:
     training, held_out = demo.split_goals(tree, 36, seed=0)
     assert len(held_out) == 36
     assert not {task.goal for task in training} & {task.goal for task in held_out}
@@ -93,7 +105,7 @@ def test_held_out_goals_are_never_recorded(tree: textcraft.Tree) -> None:
     assert not {entry["task_id"] for entry in entries} & {task.task_id for task in held_out}
 
 
-def test_recorded_episodes_replay_to_the_same_reward(tree: textcraft.Tree) -> None:
+def test_recorded_episodes_replay_to_the_same_reward(tree: textcraft.CraftingTree) -> None:
     training, _ = demo.split_goals(tree, 36, seed=0)
     entries = demo.record(tree, training, demo.Size(40, 10, 36), seed=0)
     tasks = {task.task_id: task for task in training}

@@ -62,9 +62,7 @@ def test_batches_and_progress_cover_everything(store, write):
 def test_all_refusals_are_counted_and_the_first_kept(store, write):
     report = ingest_file(store, write(rows(300, bad=set(range(1, 300)))))
     assert report.refused == {"bad_json": 299}
-    assert [refusal.detail.partition(": ")[0].partition(", ")[2] for refusal in report.refusals] == [
-        f"line {n}" for n in range(2, 22)
-    ]
+    assert [refusal.detail.partition(": ")[0].partition(", ")[2] for refusal in report.refusals] == [f"line {n}" for n in range(2, 22)]
 
 
 def test_an_empty_file_has_no_entries(store, write):

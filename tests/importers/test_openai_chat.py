@@ -92,9 +92,7 @@ def test_a_long_unknown_value_is_named_not_kept(write):
     assert len(tags["short"]) == 999
 
 
-@pytest.mark.parametrize(
-    ("task_id", "expected"), [(7, "7"), ("t", "t"), (None, None), ("", None), (True, None), (0.5, None), ([1], None)]
-)
+@pytest.mark.parametrize(("task_id", "expected"), [(7, "7"), ("t", "t"), (None, None), ("", None), (True, None), (0.5, None), ([1], None)])
 def test_only_text_and_integers_are_task_ids(write, task_id, expected):
     episode = read_row(write, task_id=task_id)
     assert episode.task_id == expected
@@ -174,9 +172,7 @@ def test_a_file_without_entries_gives_none(write, content):
 
 @pytest.mark.parametrize("content", [b"[{", b"[\n" + GOOD.encode() + b",\n", b"{\n", b"[\n\xff\n]", f"{{\n}}{GOOD}".encode()])
 def test_a_broken_document_cannot_be_imported(write, content):
-    with pytest.raises(
-        ImportFailed, match=r"found .*; expected one whole JSON document; do this: check that the file is complete"
-    ):
+    with pytest.raises(ImportFailed, match=r"found .*; expected one whole JSON document; do this: check that the file is complete"):
         read(write(content))
 
 

@@ -25,7 +25,10 @@ def make_trainer(tmp_path: Path) -> MakeTrainer:
     """A trainer whose script runs the given lines after reading its arguments; one solved episode unless told otherwise."""
 
     def make(
-        script: str | None = WRITE_ADAPTER, episodes: list[Episode] | EpisodeStore | None = None, options: TrainOptions | None = None, **settings: Any
+        script: str | None = WRITE_ADAPTER,
+        episodes: list[Episode] | EpisodeStore | None = None,
+        options: TrainOptions | None = None,
+        **settings: Any,
     ) -> LoraTrainer:
         if script is not None:
             path = tmp_path / "train.py"

@@ -68,7 +68,14 @@ def test_number_out_of_its_range_or_of_another_type_is_refused(name: str, range_
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("lora_alpha", 1e-9), ("lora_alpha", 8), ("lora_dropout", 0), ("lora_dropout", 0.999), ("learning_rate", 1e-12), ("learning_rate", 0.99)],
+    [
+        ("lora_alpha", 1e-9),
+        ("lora_alpha", 8),
+        ("lora_dropout", 0),
+        ("lora_dropout", 0.999),
+        ("learning_rate", 1e-12),
+        ("learning_rate", 0.99),
+    ],
 )
 def test_number_at_the_edge_of_its_range_is_taken(name: str, value: float) -> None:
     assert getattr(LoraTrainerConfig(**{name: value}), name) == value

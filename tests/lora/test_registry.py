@@ -41,7 +41,9 @@ def save_model(directory: Path, **changes: Any) -> TrainedModel:
 
 def test_a_saved_model_is_read_back_the_same(tmp_path: Path) -> None:
     metrics = TrainingMetrics(final_loss=0.5, held_out_loss_before=2.0, held_out_loss_after=1.5, n_tokens=10, n_supervised_tokens=5)
-    model = save_model(tmp_path, metrics=metrics, refused={"outcome_failure": 2}, log_path=tmp_path / "log", dataset="d", learn_model_name="../é")
+    model = save_model(
+        tmp_path, metrics=metrics, refused={"outcome_failure": 2}, log_path=tmp_path / "log", dataset="d", learn_model_name="../é"
+    )
     assert LoraModelRegistry(tmp_path).get(model.id) == model
 
 

@@ -95,7 +95,9 @@ def test_environment_and_working_directory_reach_the_script_unchanged_and_its_in
     model = make_trainer(RECORD_WORLD).train_sync(ConversationLearn())
     environment, directory, standard_input = json.loads((model.adapter_path / "world.json").read_text())
     of_libraries = {"LC_CTYPE", "COLUMNS", "LINES"}  # set by Python and readline in their own process, behind os.environ
-    assert {key: environment[key] for key in environment.keys() - of_libraries} == {key: os.environ[key] for key in os.environ.keys() - of_libraries}
+    assert {key: environment[key] for key in environment.keys() - of_libraries} == {
+        key: os.environ[key] for key in os.environ.keys() - of_libraries
+    }
     assert directory == os.getcwd()
     assert standard_input == ""
 

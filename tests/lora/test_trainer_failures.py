@@ -37,7 +37,10 @@ def fail(make_trainer: MakeTrainer, script: str, **settings: object) -> ProcessF
 
 @pytest.mark.parametrize("name", ["SIGKILL", "SIGTERM", "SIGSEGV", "SIGINT"])
 def test_a_script_ended_by_a_signal_is_told_by_its_name(make_trainer: MakeTrainer, name: str) -> None:
-    error = fail(make_trainer, f"print('last words', file=sys.stderr, flush=True)\nsignal.signal(signal.{name}, signal.SIG_DFL) if {name != 'SIGKILL'} else 0\nos.kill(os.getpid(), signal.{name})")
+    error = fail(
+        make_trainer,
+        f"print('last words', file=sys.stderr, flush=True)\nsignal.signal(signal.{name}, signal.SIG_DFL) if {name != 'SIGKILL'} else 0\nos.kill(os.getpid(), signal.{name})",
+    )
     assert error.exit_code == -getattr(signal, name)
     assert error.signal_name == name
     assert f"ended by {name}" in str(error)
@@ -67,7 +70,12 @@ def test_a_silent_failure_says_that_nothing_was_written(make_trainer: MakeTraine
 
 @pytest.mark.parametrize(
     "script",
-    ["", "output.mkdir(parents=True)", "output.mkdir(parents=True)\n(output / 'adapter.bin').touch()", "output.parent.mkdir(exist_ok=True)\noutput.write_text('a file')"],
+    [
+        "",
+        "output.mkdir(parents=True)",
+        "output.mkdir(parents=True)\n(output / 'adapter.bin').touch()",
+        "output.parent.mkdir(exist_ok=True)\noutput.write_text('a file')",
+    ],
     ids=["nothing", "an empty folder", "an empty file", "a file in its place"],
 )
 def test_a_script_that_ends_well_without_an_adapter_has_failed(make_trainer: MakeTrainer, script: str) -> None:
@@ -143,7 +151,9 @@ def test_an_error_of_the_listener_ends_the_script_and_is_raised(make_trainer: Ma
     def listener(event: TrainingEvent) -> None:
         raise RuntimeError(f"cannot show step {event.step}")
 
-    script = "(data.parent / 'pid').write_text(str(os.getpid()))\nprint(json.dumps({'event': 'step', 'step': 1}), flush=True)\ntime.sleep(600)"
+    script = (
+        "(data.parent / 'pid').write_text(str(os.getpid()))\nprint(json.dumps({'event': 'step', 'step': 1}), flush=True)\ntime.sleep(60)"
+    )
     with pytest.raises(RuntimeError, match="cannot show step 1"):
         make_trainer(script).train_sync(ConversationLearn(), on_event=listener)
     (pid_file,) = tmp_path.glob("data/*/pid")
@@ -152,7 +162,7 @@ def test_an_error_of_the_listener_ends_the_script_and_is_raised(make_trainer: Ma
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs the device that is always full")
 def test_a_full_disk_ends_the_script_and_is_told(tmp_path: Path) -> None:
-    script = f"import os, time; print(os.getpid(), file=open({str(tmp_path / 'pid')!r}, 'w'), flush=True); print('x', flush=True); time.sleep(600)"
+    script = f"import os, time; print(os.getpid(), file=open({str(tmp_path / 'pid')!r}, 'w'), flush=True); print('x', flush=True); time.sleep(60)"
     with pytest.raises(OSError, match="No space left on device"):
         asyncio.run(process.run_process([sys.executable, "-c", script], Path("/dev/full"), lambda _: None))
     assert not is_running(int((tmp_path / "pid").read_text()))
@@ -235,8 +245,8 @@ child = subprocess.Popen([sys.executable, "-c", CHILD], start_new_session=APART)
 (data.parent / "pids.new").write_text(f"{os.getpid()} {child.pid}")
 (data.parent / "pids.new").rename(data.parent / "pids")
 """
-SLEEP = "import time; time.sleep(600)"
-STUBBORN = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); import time; time.sleep(600)"
+SLEEP = "import time; time.sleep(60)"
+STUBBORN = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); import time; time.sleep(60)"
 
 CHATTER = "import signal, time; signal.signal(signal.SIGPIPE, signal.SIG_IGN)\nwhile True:\n try: print('still here', flush=True)\n except OSError: time.sleep(1)"
 
@@ -256,7 +266,7 @@ def test_cancelling_ends_the_script_and_what_it_started(
 ) -> None:
     monkeypatch.setattr(process, "SECONDS_TO_END", 0.3)
     deaf = "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n" if stubborn else ""
-    trainer = make_trainer(deaf + WRITE_ADAPTER + with_child(STUBBORN if stubborn else SLEEP) + "time.sleep(600)")
+    trainer = make_trainer(deaf + WRITE_ADAPTER + with_child(STUBBORN if stubborn else SLEEP) + "time.sleep(60)")
 
     async def cancel_when_started() -> None:
         task = asyncio.create_task(trainer.train(ConversationLearn()))
@@ -270,10 +280,32 @@ def test_cancelling_ends_the_script_and_what_it_started(
     assert [path.name.endswith(".failed") for path in (tmp_path / "adapters").iterdir()] == [True]
 
 
+def test_cancelling_at_any_moment_of_the_start_ends_what_was_started(tmp_path: Path) -> None:
+    script = "import os, pathlib, sys, time; pathlib.Path(sys.argv[1]).write_text(str(os.getpid())); time.sleep(60)"
+
+    async def cancel_after(n_turns: int) -> None:
+        argv = [sys.executable, "-S", "-c", script, str(tmp_path / f"{n_turns}")]
+        task = asyncio.create_task(process.run_process(argv, tmp_path / "log", lambda _: None))
+        for _ in range(n_turns):
+            await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    async def cancel_at_every_turn() -> None:
+        for n_turns in range(25):
+            await asyncio.wait_for(cancel_after(n_turns), 20)
+
+    asyncio.run(cancel_at_every_turn())
+    wait_until(lambda: not any(is_running(int(file.read_text() or 0)) for file in tmp_path.glob("[0-9]*")), "the scripts to end", 5)
+
+
 def test_interrupting_the_program_ends_the_script(tmp_path: Path, end_later: list[int]) -> None:
-    script = "import os, sys, time\nprint(os.getpid(), file=open(sys.argv[2] + '.pid', 'w'), flush=True)\ntime.sleep(600)"
+    script = "import os, sys, time\nprint(os.getpid(), file=open(sys.argv[2] + '.pid', 'w'), flush=True)\ntime.sleep(60)"
     (tmp_path / "train.py").write_text(script)
     code = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs, and so their children, ignore it
 from loraloop.learn.conversation import ConversationLearn
 from loraloop.lora.config import LoraTrainerConfig
 from loraloop.lora.trainer import LoraTrainer

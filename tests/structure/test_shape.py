@@ -11,9 +11,37 @@ ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "src" / "loraloop"
 FORBIDDEN_NAMES = {"utils", "common", "helpers", "misc", "manager", "handler"}
 
-PUBLIC = """LoraTrainer LoraTrainerConfig LoraModelId TrainedModel TrainingMetrics LoraLoopError LoraTrainerError EmptyData ScriptNotFound
-ProcessFailed StoreError Episode EpisodeId EpisodeMetadata EpisodeFilter Outcome Success Failure Timeout Unknown EpisodeStore
-InMemoryEpisodeStore SqlEpisodeStore LearnModel WorkerTaskLearn ConversationLearn TrainingData Conversation ConversationRole""".split()
+PUBLIC = [
+    "LoraTrainer",
+    "LoraTrainerConfig",
+    "LoraModelId",
+    "TrainedModel",
+    "TrainingMetrics",
+    "LoraLoopError",
+    "LoraTrainerError",
+    "EmptyData",
+    "ScriptNotFound",
+    "ProcessFailed",
+    "StoreError",
+    "Episode",
+    "EpisodeId",
+    "EpisodeMetadata",
+    "EpisodeFilter",
+    "Outcome",
+    "Success",
+    "Failure",
+    "Timeout",
+    "Unknown",
+    "EpisodeStore",
+    "InMemoryEpisodeStore",
+    "SqlEpisodeStore",
+    "LearnModel",
+    "WorkerTaskLearn",
+    "ConversationLearn",
+    "TrainingData",
+    "Conversation",
+    "ConversationRole",
+]
 
 
 def functions(path: Path) -> list[ast.FunctionDef | ast.AsyncFunctionDef]:
@@ -51,7 +79,9 @@ def test_every_module_says_what_it_is() -> None:
 
 
 def test_the_error_tree_is_drawn_as_it_is() -> None:
-    drawn = re.findall(r"(\w+)(?: \((\w+)\))?", "\n".join(re.findall(r"^\s*[│ ]*[├└]── .*$|^    LoraLoopError$", errors.__doc__ or "", re.M)))
+    drawn = re.findall(
+        r"(\w+)(?: \((\w+)\))?", "\n".join(re.findall(r"^\s*[│ ]*[├└]── .*$|^    LoraLoopError$", errors.__doc__ or "", re.MULTILINE))
+    )
     names = {name for name, _ in drawn if name[:1].isupper() and hasattr(errors, name)}
     real = {name for name, value in vars(errors).items() if isinstance(value, type) and issubclass(value, errors.LoraLoopError)}
     assert names == real
@@ -65,9 +95,9 @@ def test_no_machine_path_or_unfinished_mark_is_in_the_source() -> None:
 
 
 def test_the_tested_versions_fit_the_ranges() -> None:
-    from packaging.requirements import Requirement
-
     import tomllib
+
+    from packaging.requirements import Requirement
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     pinned = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().split() if "==" in line)

@@ -23,7 +23,11 @@ def needed(tmp_path: Path) -> list[str]:
 def test_defaults_are_those_of_the_trainer(needed: list[str]) -> None:
     arguments, config, options = parse_arguments(needed), LoraTrainerConfig(), TrainOptions()
     assert (arguments.rank, arguments.alpha, arguments.dropout) == (config.lora_rank, config.lora_alpha, config.lora_dropout)
-    assert (arguments.epochs, arguments.batch_size, arguments.grad_accum) == (config.epochs, config.batch_size, config.gradient_accumulation)
+    assert (arguments.epochs, arguments.batch_size, arguments.grad_accum) == (
+        config.epochs,
+        config.batch_size,
+        config.gradient_accumulation,
+    )
     assert (arguments.lr, arguments.max_seq_length) == (config.learning_rate, config.max_seq_length)
     assert (arguments.seed, arguments.dtype, arguments.max_steps) == (options.seed, options.dtype, options.max_steps)
     assert arguments.held_out is None
@@ -60,7 +64,9 @@ def test_value_out_of_its_range_ends_with_2_and_says_which_is_expected(
         assert re.search(rf"error: {flag} \S+: .*{re.escape(expected)}", said), said
 
 
-@pytest.mark.parametrize("extra", [["--rank", "1.5"], ["--lr", "fast"], ["--dtype", "float16"], ["--unknown", "1"], ["--epoch", "1"], ["stray"]])
+@pytest.mark.parametrize(
+    "extra", [["--rank", "1.5"], ["--lr", "fast"], ["--dtype", "float16"], ["--unknown", "1"], ["--epoch", "1"], ["stray"]]
+)
 def test_argument_that_is_not_understood_ends_with_2(needed: list[str], extra: list[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         parse_arguments([*needed, *extra])
@@ -68,8 +74,25 @@ def test_argument_that_is_not_understood_ends_with_2(needed: list[str], extra: l
 
 
 def test_every_setting_can_be_given(needed: list[str], tmp_path: Path) -> None:
-    given = ["--rank=8", "--alpha=1.5", "--dropout=0", "--epochs=1", "--batch-size=2", "--grad-accum=1", "--lr=0.00001", "--max-seq-length=16"]
-    own = [f"--held-out={tmp_path}/data.jsonl", "--held-out-tokens=1", "--seed=5", "--dtype=bfloat16", "--max-steps=1", "--warmup-ratio=0", "--max-grad-norm=0.5"]
+    given = [
+        "--rank=8",
+        "--alpha=1.5",
+        "--dropout=0",
+        "--epochs=1",
+        "--batch-size=2",
+        "--grad-accum=1",
+        "--lr=0.00001",
+        "--max-seq-length=16",
+    ]
+    own = [
+        f"--held-out={tmp_path}/data.jsonl",
+        "--held-out-tokens=1",
+        "--seed=5",
+        "--dtype=bfloat16",
+        "--max-steps=1",
+        "--warmup-ratio=0",
+        "--max-grad-norm=0.5",
+    ]
     arguments = parse_arguments([*needed, *given, *own])
     default = parse_arguments(needed)
     same = [field.name for field in fields(TrainArguments) if getattr(arguments, field.name) == getattr(default, field.name)]

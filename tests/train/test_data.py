@@ -15,8 +15,6 @@ from loraloop.errors import EmptyData, RenderError
 from loraloop.train.data import build_rows, read_samples
 from loraloop.training_data import TrainingData
 
-pytestmark = pytest.mark.filterwarnings("ignore:builtin type .* has no __module__ attribute:DeprecationWarning")
-
 CALL = {"id": "c1", "type": "function", "function": {"name": "find", "arguments": '{"what": "egg"}'}}
 LOSES_CALLS = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] }}"

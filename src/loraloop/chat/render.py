@@ -2,9 +2,9 @@
 
 `render` gives the rows that a sample becomes for one chat template. Usually that is one row, the template's own rendering of the
 whole conversation up to the last turn to learn. It is several when the conversation is longer than `max_length`, or when the
-template changes earlier turns once later ones are there. Each is then a window: the leading system turns and the tools, and behind
-them turns in a row, cut at turn boundaries, never beginning with a tool result. Every agent turn is trained once, in the first
-window that holds it, which begins the earliest and so shows it the most of what came before.
+template changes earlier turns once later ones are there. Each is then a window: a head (the system turns, the tools, and the task,
+which is what the first user turn says), and behind it turns in a row, cut at turn boundaries, never beginning with a tool result.
+Every agent turn is trained once, in the first window that holds it; later windows begin later and would show it less.
 
 A turn is trained behind the very prompt that the template would give the model there; what cannot be rendered so is refused with a
 reason. `check_row` proves each row: no token of another author has weight, every trained turn ends in a trained special token,
@@ -26,7 +26,7 @@ from loraloop.errors import RenderError
 from loraloop.training_data import Refusal, TrainingData
 
 ROLES = ("system", "user", "assistant", "tool")
-SAMPLE = 24
+N_TELLING = 24
 """Characters at the beginning or end of a turn by which its words are known again."""
 
 
@@ -128,20 +128,17 @@ def _row(source: _Source, start: int, spans: Sequence[_Span], max_length: int) -
 def _best_window(source: _Source, waiting: Sequence[int], max_length: int) -> tuple[int, list[_Span]] | None:
     """(start, what is trained) of a window for the first of `waiting` and those behind it; None when that turn fits nowhere.
 
-    The window that begins the earliest shows that turn the most, but has little room for those behind it. So one is tried that
-    leaves half of the free room to them, and taken when it trains more.
+    It trains as many turns as fit when half of the free room goes to what precedes them, and begins as early as these allow.
     """
-    earliest = _earliest_start(source, waiting[0], max_length)
-    if earliest is None:
-        return None
-    spans = _fill(source, earliest, waiting, max_length)
     least = source.n_tokens(source.starts(waiting[0])[-1], waiting[0])
     half = _earliest_start(source, waiting[0], (least + max_length) // 2)
-    if spans and half is not None and half != earliest:
-        more = _fill(source, half, waiting, max_length)
-        if len(more) > len(spans):
-            return half, more
-    return earliest, spans
+    if least > max_length or half is None:
+        return None
+    spans = _fill(source, half, waiting, max_length)
+    earliest = _earliest_start(source, spans[-1].turn, max_length) if spans else half
+    if earliest is None or earliest == half:
+        return half, spans
+    return earliest, _fill(source, earliest, waiting[: len(spans)], max_length)
 
 
 def _earliest_start(source: _Source, index: int, room: int) -> int | None:
@@ -194,6 +191,10 @@ class _Encoded:
     ids: list[int]  # (tokens,)
     offsets: list[tuple[int, int]]  # (tokens,) each token's (start, end) in characters, in order
 
+    def text_of(self, token: int) -> str:
+        """The characters of one token."""
+        return self.text[slice(*self.offsets[token])]
+
     def tokens_within(self, span: _Span) -> list[int]:
         """Tokens that lie wholly in `span`; one that straddles its border belongs to what came before."""
         first, end = bisect_left(self.offsets, (span.start,)), bisect_left(self.offsets, (span.end,))
@@ -209,20 +210,19 @@ class _Source:
         self.turns, self.tools = template.prepare(sample.messages, sample.tools)
         self.n_added = len(self.turns) - len(sample.messages)
         self.messages: list[Message | None] = [None] * self.n_added + list(sample.messages)
-        self.n_head = next(index for index, turn in enumerate(self.turns) if turn["role"] != "system")
-        """How many turns at the front belong to every window."""
+        self.n_head = self.n_added + _count_head(sample.messages)
         own = [index for index, message in enumerate(self.messages) if message and message.is_agent and message.weight > 0]
         found = ((index, template.special_text_in(self.turns[index])) for index in own)
         self.special = {index: text for index, text in found if text is not None}
         self.trained = [index for index in own if index not in self.special]
-        self.agent_may_open = template.abilities.agent_opens_with_tools if self.tools else template.abilities.agent_opens
-        if self.turns[self.n_head]["role"] == "assistant" and not self.agent_may_open:
+        first = next(turn["role"] for turn in self.turns if turn["role"] != "system")
+        if first == "assistant" and not template.abilities.agent_opens(with_tools=bool(self.tools)):
             raise RenderError("the chat template cannot begin a conversation with an agent turn")
         self._piece_lengths = cache(lambda piece: len(template.encode(piece)[0]))
 
     def starts(self, index: int) -> list[int]:
         """The turns at which a window through turn `index` may begin: never a tool result, whose call would be missing."""
-        roles = {"system", "user", "assistant"} if self.agent_may_open else {"user"}
+        roles = {"system", "user", "assistant"} if self.template.abilities.users_in_a_row else {"assistant"}
         behind = ((start, self.messages[start]) for start in range(self.n_head + 1, index + 1))
         return [self.n_head, *(start for start, message in behind if message and message.role in roles)]
 
@@ -255,7 +255,7 @@ class _Source:
             tokens = encoded.tokens_within(span)
             for token in tokens:
                 weights[token] = (message.weight if message else 0.0) * self.sample.weight
-            n_stops += bool(tokens) and encoded.offsets[tokens[-1]][1] == span.end and weights[tokens[-1]] > 0
+            n_stops += any(weights[token] > 0 for token in tokens[-1:] if encoded.text_of(token) in self.template.stop_texts)
         recorded, rendered = self._count_calls(encoded.text, spans)
         return Row(
             ids=encoded.ids,
@@ -275,7 +275,7 @@ class _Source:
 
     def _cut(self, turns: Sequence[Turn], start: int, stop: int) -> list[Turn]:
         """The head and the turns from `start` up to, not with, `stop`."""
-        return [*turns[: self.n_head], *turns[max(start, self.n_head) : stop]]
+        return [*turns[: min(self.n_head, stop)], *turns[max(start, self.n_head) : stop]]
 
     def _trained_by_role(self, start: int, last: int, encoded: _Encoded, weights: Sequence[float]) -> dict[str, int]:
         """Trained tokens by the role of who wrote them.
@@ -300,7 +300,7 @@ class _Source:
         """The role of another whose words `piece` holds, whole or in part; a demonstration is context, like a user turn."""
         for turn, message in zip(self.turns, self.messages, strict=True):
             words = str(turn["content"]).strip()
-            if not (message and message.is_agent) and words and any(part in piece for part in (words[:SAMPLE], words[-SAMPLE:])):
+            if not (message and message.is_agent) and words and any(part in piece for part in (words[:N_TELLING], words[-N_TELLING:])):
                 return "user" if turn["role"] == "assistant" else str(message.role if message else "system")
         return "assistant"
 
@@ -324,6 +324,13 @@ class _Source:
                     rendered += 1
                     cursor = found + len(call.function.name)
         return recorded, rendered
+
+
+def _count_head(messages: Sequence[Message]) -> int:
+    """How many messages belong to every window: system turns, and the first user turn if at most the agent's greeting precedes it."""
+    n_system = next(index for index, message in enumerate(messages) if message.role != "system")
+    roles = [message.role for message in messages[n_system : n_system + 2] if not message.is_demo]
+    return n_system + (1 if roles[:1] == ["user"] else 2 if roles == ["assistant", "user"] else 0)
 
 
 def _mask(message: Message, words: str) -> Message:

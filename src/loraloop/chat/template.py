@@ -58,10 +58,14 @@ class Abilities:
     parallel_calls: bool
     content_with_calls: bool
     """Whether what an agent says beside its calls is kept."""
-    agent_opens: bool
-    """Whether an agent turn may come first, behind the system turn, and is still rendered as the agent's."""
+    users_in_a_row: bool
+    """Whether one user turn may follow another."""
+    agent_opens_bare: bool
     agent_opens_with_tools: bool
-    """The same where there are tools, which some templates put into the first turn, whoever's it is."""
+
+    def agent_opens(self, *, with_tools: bool) -> bool:
+        """Whether an agent turn may come first and is then still rendered as the agent's; some put tools into the first turn, whoever's."""
+        return self.agent_opens_with_tools if with_tools else self.agent_opens_bare
 
 
 @dataclass(frozen=True)
@@ -106,13 +110,6 @@ class ChatTemplate:
         text = self.text([_ASK, {"role": "assistant", "content": " probe  answer"}, _ASK])
         return sum(len(self.encode(piece)[0]) for piece in self._special.split(text)) == len(self.encode(text)[0])
 
-    @cached_property
-    def generation_prompt(self) -> str:
-        """What the template puts before the model's answer; "" when that is nothing."""
-        asked = self.text([_ASK])
-        prompt = self.text([_ASK], generation_prompt=True)
-        return prompt[len(asked) :] if prompt.startswith(asked) else ""
-
     def text(self, turns: Sequence[Turn], tools: Sequence[Any] = (), *, generation_prompt: bool = False) -> str:
         """The template's rendering of prepared turns; raises RenderError with the template's own complaint."""
         try:
@@ -122,7 +119,10 @@ class ChatTemplate:
 
     def encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Token ids of a rendered text, and each one's (start, end) in characters."""
-        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        try:
+            encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        except (TypeError, UnicodeError) as error:
+            raise RenderError("the text holds a lone surrogate (half of a character), which no tokenizer reads") from error
         return list(encoded["input_ids"]), [tuple(pair) for pair in encoded["offset_mapping"]]
 
     def pieces(self, text: str) -> list[str]:
@@ -196,24 +196,19 @@ class ChatTemplate:
 
     def _find_start(self, text: str, before: Sequence[Turn], tools: Sequence[Any]) -> int | None:
         """Where the agent's words begin in `text`, which renders `before` and its turn."""
-        shown = ""
         if before:
             prompt = self.text(before, tools, generation_prompt=True)
             if text.startswith(prompt):
                 return len(prompt)
-            shown = self.text(before, tools)
-            if not text.startswith(shown):
+            if not text.startswith(self.text(before, tools)):
                 return None
-        # the prompt opens what this turn does not have, such as a thought, or nothing precedes the turn: see where a marker goes
+        # nothing precedes the turn, or the prompt opens what this turn does not have, such as a thought: see where a marker goes
         marker = "\u2063"
         while marker in text:
             marker += "\u2063"
         marked = self.text([*before, {"role": "assistant", "content": marker}], tools)
         head = marked.partition(marker)[0]
-        if marker not in marked or not text.startswith(head):
-            return None
-        found = head.rfind(self.generation_prompt, len(shown)) if self.generation_prompt else -1
-        return found + len(self.generation_prompt) if found >= 0 else len(head)
+        return len(head) if marker in marked and text.startswith(head) else None
 
     def _prepare_call(self, call: ToolCall) -> Turn:
         arguments: Any = call.function.arguments
@@ -298,6 +293,7 @@ def _probe(render: Callable[[list[Turn], list[Any] | None, bool], str]) -> Abili
         arguments=arguments,
         parallel_calls=keeps(rendered(calls(given, ("probe_one", "probe_two"))), "probe_one", "probe_two", "probe_key"),
         content_with_calls=keeps(rendered(said), "probe words", "probe_one", "probe_key"),
-        agent_opens=opens(None),
+        users_in_a_row=bool(rendered([_ASK, _ASK])),
+        agent_opens_bare=opens(None),
         agent_opens_with_tools=opens([_PROBE_TOOL]),
     )

@@ -38,7 +38,7 @@ def list_episodes(
     from loraloop.project import Project
 
     try:
-        wanted = EpisodeFilter(outcome=outcome, limit=limit)  # type: ignore[arg-type]
+        wanted = EpisodeFilter(outcome=outcome, limit=limit)
     except ValidationError as error:
         raise SettingsError(f"--outcome {outcome}: expected success, failure, timeout or unknown") from error
     with Project(project, create=False) as opened:

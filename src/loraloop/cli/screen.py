@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Self
 
 import typer
 from rich.console import Console
@@ -60,8 +60,10 @@ def describe_data(report: DataReport) -> list[str]:
     roles = ", ".join(f"{role} {count}" for role, count in report.trained_by_role.items())
     by = {"template": " by the model's own template", "fallback": " by the documented fallback", "none": ""}[report.tools_rendered_by]
     return [
-        f"data: {report.samples_used} of {report.samples} samples in {report.rows} rows, {report.n_tokens:,} tokens, "
-        f"{report.n_supervised_tokens:,} of them trained",
+        (
+            f"data: {report.samples_used} of {report.samples} samples in {report.rows} rows, {report.n_tokens:,} tokens, "
+            f"{report.n_supervised_tokens:,} of them trained"
+        ),
         f"trained tokens by role: {roles}",
         f"agent turns: {report.turns}, of which the stop token is trained: {report.stops_trained}",
         f"tool calls recorded: {report.calls_recorded}, rendered: {report.calls_rendered}{by}",
@@ -84,7 +86,7 @@ class TrainingScreen:
         self.task: TaskID | None = None
         self.printed = 0
 
-    def __enter__(self) -> TrainingScreen:
+    def __enter__(self) -> Self:
         self.progress.start()
         return self
 

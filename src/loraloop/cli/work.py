@@ -102,7 +102,7 @@ def build(
     if not 0 <= held_out < 1:
         raise SettingsError(f"--held-out {held_out:g}: expected 0 <= share < 1")
     try:
-        wanted = EpisodeFilter(scenario=scenario, outcome=outcome)  # type: ignore[arg-type]
+        wanted = EpisodeFilter(scenario=scenario, outcome=outcome)
     except ValidationError as error:
         raise SettingsError(f"--outcome {outcome}: expected success, failure, timeout or unknown") from error
     model = find("learn_models", learn_model)(min_score=min_score)

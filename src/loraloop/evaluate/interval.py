@@ -19,7 +19,7 @@ class SuccessRate(Frozen):
 
     @property
     def rate(self) -> float:
-        """wins / n."""
+        """The share of wins."""
         return self.wins / self.n
 
 

@@ -247,6 +247,8 @@ def roomy_cache(config: Any, room: int) -> Any:
     class RoomyLayer(DynamicLayer):  # type: ignore[misc]
         """Keys and values are views of larger buffers, filled in place."""
 
+        keys: torch.Tensor
+        values: torch.Tensor
         buffers: tuple[torch.Tensor, torch.Tensor] | None = None
 
         def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -254,9 +256,10 @@ def roomy_cache(config: Any, room: int) -> Any:
                 self.lazy_initialization(key_states, value_states)
             old = self.get_seq_length()
             new = old + key_states.shape[-2]
-            if self.buffers is None or self.keys.data_ptr() != self.buffers[0].data_ptr() or new > self.buffers[0].shape[-2]:
-                self.buffers = tuple(_grown(have, add, old, room) for have, add in ((self.keys, key_states), (self.values, value_states)))  # type: ignore[assignment]
-            keys, values = self.buffers
+            buffers = self.buffers
+            if buffers is None or self.keys.data_ptr() != buffers[0].data_ptr() or new > buffers[0].shape[-2]:
+                buffers = (_grown(self.keys, key_states, old, room), _grown(self.values, value_states, old, room))
+            self.buffers = keys, values = buffers
             keys[..., old:new, :], values[..., old:new, :] = key_states, value_states
             self.keys, self.values = keys[..., :new, :], values[..., :new, :]
             return self.keys, self.values

@@ -10,7 +10,9 @@ from loraloop.learn.outcome_rules import refusal_for_outcome, sample_weight
 from loraloop.training_data import Refusal, TrainingData
 
 DONE = "done"
-SYSTEM = "You are an agent that solves a task step by step. Answer with the next action and its target; answer `done` when the task is solved."
+SYSTEM = (
+    "You are an agent that solves a task step by step. Answer with the next action and its target; answer `done` when the task is solved."
+)
 
 
 class WorkerTaskLearn:
@@ -62,12 +64,14 @@ class WorkerTaskLearn:
         """The actions as a conversation, or why not: `no_actions`, `too_few_actions`, or a reason of the outcome rules."""
         actions = [record for record in episode.records if isinstance(record, ActionRecord)]
         if not actions:
-            return Refusal(episode_id=episode.id, reason="no_actions", detail="the episode has messages only; ConversationLearn reads those")
+            detail = "the episode has messages only; ConversationLearn reads those"
+            return Refusal(episode_id=episode.id, reason="no_actions", detail=detail)
         reason = refusal_for_outcome(episode.outcome, self.min_score, include_timeouts=False)
         if reason:
             return Refusal(episode_id=episode.id, reason=reason, detail=str(episode.outcome))
         if len(actions) < self.min_actions:
-            return Refusal(episode_id=episode.id, reason="too_few_actions", detail=f"{len(actions)} actions, expected {self.min_actions} or more")
+            detail = f"{len(actions)} actions, expected {self.min_actions} or more"
+            return Refusal(episode_id=episode.id, reason="too_few_actions", detail=detail)
         task = episode.task_id or actions[0].task_id or str(episode.id)
         messages = [Message(role="system", content=self.system), Message(role="user", content=f"Task: {task}")]
         for action in actions:
@@ -93,9 +97,7 @@ class WorkerTaskLearn:
             group_id=actions[0].group_id,
             records=tuple(actions),
             outcome=self.evaluate(actions),
-            metadata=EpisodeMetadata(
-                started_at_ms=actions[0].timestamp_ms, ended_at_ms=actions[-1].timestamp_ms + actions[-1].duration_ms
-            ),
+            metadata=EpisodeMetadata(started_at_ms=actions[0].timestamp_ms, ended_at_ms=actions[-1].timestamp_ms + actions[-1].duration_ms),
         )
 
 

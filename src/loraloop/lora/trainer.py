@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 from pydantic import ValidationError
 
@@ -37,6 +37,7 @@ from loraloop.training_record import RECORD_FILE, TrainingEvent, TrainingRecord
 log = logging.getLogger("loraloop.lora")
 
 OnEvent = Callable[[TrainingEvent], None]
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,8 @@ class LoraTrainer:
                 refused[converted.reason] += 1
             else:
                 samples.append(converted if converted.episode_id else converted.with_episode_id(episode.id))
-        log.info("stage=convert learn_model=%s episodes=%d samples=%d refused=%d", learn_model.name, n_episodes, len(samples), refused.total())
+        counts = (n_episodes, len(samples), refused.total())
+        log.info("stage=convert learn_model=%s episodes=%d samples=%d refused=%d", learn_model.name, *counts)
         if n_episodes == 0:
             raise EmptyData(f"No episodes found for training{_describe(episode_filter)}; ingest some first, or widen the filter")
         if not samples:
@@ -136,7 +138,8 @@ class LoraTrainer:
         started = time.monotonic()
         adapter_path = await self.run_lora_training(data_path, model_id, held_out_path=held_out_path, on_event=on_event)
         seconds = round(time.monotonic() - started, 3)
-        model = self._trained_model(model_id, adapter_path, learn_model_name, samples, seconds, data_path.with_name("training.log"))
+        log_path = data_path.with_name("training.log")
+        model = self._trained_model(model_id, adapter_path, learn_model_name, samples, seconds=seconds, log_path=log_path)
         LoraModelRegistry(self._config.output_dir).save(model)
         log.info("stage=done model=%s samples=%d seconds=%.1f adapter=%s", model_id, model.sample_count, seconds, adapter_path)
         return model
@@ -226,7 +229,7 @@ class LoraTrainer:
                 raise ProcessFailed(0, "", log_path, f"the training process ended well (exit 0) but wrote no {missing} into {output}")
 
     def _trained_model(
-        self, model_id: LoraModelId, adapter_path: Path, learn_model_name: str, samples: Samples, seconds: float, log_path: Path
+        self, model_id: LoraModelId, adapter_path: Path, learn_model_name: str, samples: Samples, *, seconds: float, log_path: Path
     ) -> TrainedModel:
         record = _load_record(adapter_path / RECORD_FILE)
         used = list(dict.fromkeys(str(sample.episode_id) for sample in samples.training if sample.episode_id))
@@ -267,13 +270,13 @@ def training_data_to_json(sample: TrainingData) -> str:
     return json_line(sample.to_line())
 
 
-def run_in_plain_thread(work: Callable[[], Any]) -> Any:
+def run_in_plain_thread(work: Callable[[], Result]) -> Result:
     """The result of `work`, which runs its own event loop: here, or in another thread when this one has a loop running."""
     try:
         asyncio.get_running_loop()
     except RuntimeError:
         return work()
-    result: list[Any] = []
+    result: list[Result] = []
     failure: list[BaseException] = []
 
     def target() -> None:

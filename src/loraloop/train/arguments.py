@@ -65,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m loraloop.train",
         description="Train a LoRA adapter on a JSON Lines file of conversations and write it in PEFT's format.",
-        epilog='example: python -m loraloop.train --data train.jsonl --output adapter --model ./SmolLM2-135M-Instruct --lr 1e-3\n'
+        epilog="example: python -m loraloop.train --data train.jsonl --output adapter --model ./SmolLM2-135M-Instruct --lr 1e-3\n"
         'a line of the file: {"conversations": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}',
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

@@ -14,7 +14,7 @@ from pathlib import Path
 from loraloop.chat.render import Row, check_row, render
 from loraloop.chat.template import ChatTemplate
 from loraloop.errors import EmptyData, RenderError
-from loraloop.files import read_jsonl
+from loraloop.files import json_line, read_jsonl
 from loraloop.training_data import Refusal, TrainingData
 from loraloop.training_record import DataReport
 
@@ -54,8 +54,8 @@ def build_rows(
     refusals: list[Refusal] = []
     n_used = 0
     for number, sample in enumerate(samples, 1):
-        if not sample.is_sft:
-            refusals.append(Refusal(episode_id=sample.episode_id, reason=f"kind_{sample.kind}", detail="only sft samples are trained"))
+        if refusal := _find_refusal(sample):
+            refusals.append(refusal)
             continue
         new_rows, new_refusals = render(template, sample, max_length)
         rows += new_rows
@@ -74,6 +74,18 @@ def build_rows(
             "The base model's chat template does not keep these samples whole: use another base model, or fix its chat_template.jinja"
         )
     return RowSet(rows, refusals, report)
+
+
+def _find_refusal(sample: TrainingData) -> Refusal | None:
+    """Why a sample cannot even be rendered, or None."""
+    if not sample.is_sft:
+        return Refusal(episode_id=sample.episode_id, reason=f"kind_{sample.kind}", detail="only sft samples are trained")
+    try:
+        json_line(sample.to_line()).encode()
+    except UnicodeEncodeError as error:
+        detail = f"it holds a lone surrogate, half of a cut-off character, which no tokenizer takes ({error.object[error.start]!r})"
+        return Refusal(episode_id=sample.episode_id, reason="not_unicode", detail=detail)
+    return None
 
 
 def _summarise(

@@ -48,7 +48,7 @@ def new_adapter(model: Any, rank: int, alpha: float, dropout: float, seed: int) 
 
     torch.manual_seed(seed)
     config = peft.LoraConfig(
-        r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules="all-linear", bias="none", task_type="CAUSAL_LM"  # type: ignore[arg-type]
+        r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules="all-linear", bias="none", task_type="CAUSAL_LM"
     )
     return peft.get_peft_model(model, config)
 
@@ -74,10 +74,7 @@ def train(model: Any, rows: Sequence[Row], settings: LoopSettings, emit: Callabl
         batch = [rows[index] for index in window]
         loss = _backward(model, batch, settings.batch_size)
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm))
-        if not math.isfinite(loss) or not math.isfinite(norm):
-            names = ", ".join(sorted({row.episode_id or "?" for row in batch}))
-            what = f"the loss of step {step} is {loss}, the norm of its gradient {norm}"
-            raise LoraTrainerError(f"{what}; its samples came from {names}. Lower the learning rate or look at them")
+        _check_finite(step, loss, norm, batch)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         history.append((step, loss))
@@ -174,6 +171,14 @@ def _backward(model: Any, window: Sequence[Row], batch_size: int) -> float:
         part.backward()  # type: ignore[no-untyped-call]
         loss += float(part.detach())
     return loss
+
+
+def _check_finite(step: int, loss: float, norm: float, batch: Sequence[Row]) -> None:
+    """Raises LoraTrainerError before an update that would spoil the adapter."""
+    if not math.isfinite(loss) or not math.isfinite(norm):
+        names = ", ".join(sorted({row.episode_id or "?" for row in batch}))
+        what = f"the loss of step {step} is {loss}, the norm of its gradient {norm}"
+        raise LoraTrainerError(f"{what}; its samples came from {names}. Lower the learning rate or look at them")
 
 
 def _summed_loss(model: Any, batch: Sequence[Row]) -> tuple[torch.Tensor, float]:

@@ -12,6 +12,7 @@ def model_card(record: TrainingRecord) -> str:
     if record.held_out_loss_before is not None and record.held_out_loss_after is not None:
         held_out = f"{record.held_out_loss_before:.4f} before, {record.held_out_loss_after:.4f} after, over {record.held_out_rows} rows"
     refused = ", ".join(f"{reason} {count}" for reason, count in record.data.refused.items()) or "none"
+    tokens = f"{record.data.n_tokens} tokens, {record.data.n_supervised_tokens} of them supervised"
     base = f"base_model: {record.base_model}\n" if record.base_source == "hub" else ""
     return f"""---
 {base}library_name: peft
@@ -25,7 +26,7 @@ Trained by loraloop {record.versions["loraloop"]} from {len(record.used_episode_
 | | |
 |---|---|
 | base model | {record.base_model}, sha256 {record.base_sha256} |
-| data | {record.data.rows} rows, {record.data.n_tokens} tokens, {record.data.n_supervised_tokens} of them supervised; sha256 {record.data_sha256} |
+| data | {record.data.rows} rows, {tokens}; sha256 {record.data_sha256} |
 | left out | {refused} |
 | rank, alpha, dropout | {settings["rank"]}, {settings["alpha"]:g}, {settings["dropout"]:g} |
 | learning rate, steps | {settings["lr"]:g}, {record.steps} |

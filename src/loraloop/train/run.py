@@ -89,7 +89,9 @@ _PATHS = ("data", "output", "held_out")
 
 def _save(model: Any, base: base_model.BaseModel, record: TrainingRecord, output: Path) -> None:
     """Fill the adapter's folder aside and put it in place in one step."""
-    model.peft_config["default"].base_model_name_or_path = base.name  # PEFT would write this machine's path
+    config = model.peft_config["default"]
+    config.base_model_name_or_path = base.name  # PEFT would write this machine's path
+    config.target_modules = sorted(config.target_modules)  # a set until now: its order would differ from run to run
     with new_directory(output) as folder:
         model.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)
         write_atomic(folder / "README.md", model_card(record))

@@ -1,0 +1,147 @@
+from __future__ import annotations
+
+import pytest
+
+from loraloop.episode import ActionRecord, EpisodeMetadata, Failure, LlmCallRecord, Message, Success, Timeout, Unknown
+from loraloop.learn.conversation import ConversationLearn, split_key
+from loraloop.plugins import LearnModel, find
+from loraloop.testing import make_episode
+from loraloop.training_data import Refusal, TrainingData
+
+ASK = Message(role="user", content="How long?")
+ANSWER = Message(role="assistant", content="Seven minutes.")
+
+
+def llm_call(*history: Message, response: Message = ANSWER, **fields) -> LlmCallRecord:
+    return LlmCallRecord(messages=history or (ASK,), response=response, **fields)
+
+
+def test_it_is_found_by_its_name():
+    assert isinstance(find("learn_models", "conversation")(), LearnModel)
+    assert ConversationLearn().name == "conversation"
+    assert ConversationLearn().objective.endswith(".")
+
+
+# --- what each outcome means to sft: DESIGN section 5 -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("outcome", "options", "reason"),
+    [
+        (Success(1.0), {}, None),
+        (Success(0.0), {}, None),
+        (Success(-1.0), {}, "score_below_minimum"),
+        (Success(0.5), {"min_score": 0.5}, None),
+        (Success(0.49), {"min_score": 0.5}, "score_below_minimum"),
+        (Success(0.49), {"min_score": 0.5, "include_timeouts": True}, "score_below_minimum"),
+        (Failure("wrong"), {}, "outcome_failure"),
+        (Failure("wrong"), {"min_score": -9.0, "include_timeouts": True}, "outcome_failure"),
+        (Timeout(), {}, "outcome_timeout"),
+        (Timeout(1.0), {}, "outcome_timeout"),
+        (Timeout(0.2), {"include_timeouts": True}, None),
+        (Unknown(), {}, "outcome_unknown"),
+        (Unknown(), {"min_score": -9.0, "include_timeouts": True}, "outcome_unknown"),
+    ],
+)
+def test_the_outcome_decides_what_is_learned(outcome, options, reason):
+    episode = make_episode(outcome=outcome)
+    converted = ConversationLearn(**options).convert(episode)
+    if reason is None:
+        assert isinstance(converted, TrainingData)
+        assert converted.kind == "sft"
+    else:
+        assert isinstance(converted, Refusal)
+        assert (converted.reason, converted.episode_id) == (reason, episode.id)
+
+
+def test_nothing_of_the_outcome_is_in_the_text():
+    sample = ConversationLearn().convert(make_episode(outcome=Success(0.875)))
+    assert "0.875" not in str(sample.to_line())
+    assert sample.outcome_score == 0.875
+
+
+# --- the sample -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_sample_is_the_conversation_with_its_tools_and_can_be_traced():
+    tools = ({"type": "function", "function": {"name": "boil"}},)
+    episode = make_episode(tools=tools, metadata=EpisodeMetadata(tags={"model": "m-1", "weight": "0.5"}))
+    sample = ConversationLearn().convert(episode)
+    assert sample.messages == episode.messages
+    assert sample.tools == tools
+    assert (sample.episode_id, sample.model, sample.weight) == (episode.id, "m-1", 0.5)
+
+
+def test_what_follows_the_last_own_turn_is_cut_off():
+    thanks = Message(role="user", content="Thanks.")
+    messages = [ASK, ANSWER, thanks, ANSWER.model_copy(update={"weight": 0.0}), thanks]
+    assert ConversationLearn().convert(make_episode(messages=messages)).messages == (ASK, ANSWER)
+
+
+@pytest.mark.parametrize(
+    ("messages", "reason"),
+    [
+        ([], "no_messages"),
+        ([ASK], "no_agent_turn"),
+        ([ASK, ANSWER.model_copy(update={"is_demo": True})], "no_agent_turn"),
+        ([ASK, ANSWER.model_copy(update={"author": "simulated_user"})], "no_agent_turn"),
+        ([ASK, ANSWER.model_copy(update={"weight": 0.0})], "no_agent_turn"),
+    ],
+)
+def test_an_episode_without_own_words_is_refused(messages, reason):
+    assert ConversationLearn().convert(make_episode(messages=messages)).reason == reason
+
+
+def test_an_episode_that_its_recorder_weighs_zero_is_refused():
+    refusal = ConversationLearn().convert(make_episode(metadata=EpisodeMetadata(tags={"weight": "0"})))
+    assert refusal.reason == "weight_zero"
+
+
+@pytest.mark.parametrize("weight", ["heavy", "nan", "inf", "-1"])
+def test_a_weight_that_is_none_counts_as_one(weight):
+    assert ConversationLearn().convert(make_episode(metadata=EpisodeMetadata(tags={"weight": weight}))).weight == 1.0
+
+
+def test_attempts_at_a_task_share_a_split_key_and_scenarios_do_not():
+    airline, retail = EpisodeMetadata(scenario="airline"), EpisodeMetadata(scenario="retail")
+    first = split_key(make_episode(task_id="1", metadata=airline))
+    assert first == split_key(make_episode(task_id="1", metadata=airline, messages=[ASK, ANSWER]))
+    assert first != split_key(make_episode(task_id="1", metadata=retail))
+    assert first == split_key(make_episode(task_id=None, group_id="1", metadata=airline))
+    assert split_key(make_episode(task_id="")) == "/"  # an empty task id is one all the same
+
+
+def test_without_a_task_the_first_question_decides_the_split():
+    assert split_key(make_episode(task_id=None)) == "How long does an egg boil?"
+    episode = make_episode(task_id=None, messages=[ANSWER])
+    assert split_key(episode) == str(episode.id)
+
+
+# --- episodes from records --------------------------------------------------------------------------------------------------
+
+
+def test_the_calls_of_a_task_are_one_episode_that_tells_the_longest_history():
+    later = Message(role="user", content="And hard?")
+    short = llm_call(task_id="egg")
+    whole = llm_call(ASK, ANSWER, later, response=Message(role="assistant", content="Ten."), task_id="egg", group_id="g")
+    (episode,) = ConversationLearn().build_episodes([whole, short])
+    assert [message.content for message in episode.messages] == ["How long?", "Seven minutes.", "And hard?", "Ten."]
+    assert episode.records == (whole, short)
+    assert (episode.task_id, episode.group_id, episode.learn_model, episode.outcome) == ("egg", "g", "conversation", Unknown())
+
+
+def test_tasks_do_not_mix_and_calls_without_one_stand_alone():
+    records = [llm_call(task_id="a"), llm_call(), llm_call(task_id="b"), llm_call(task_id="a"), llm_call()]
+    episodes = ConversationLearn().build_episodes(records)
+    assert [(episode.task_id, len(episode.records)) for episode in episodes] == [("a", 2), (None, 1), ("b", 1), (None, 1)]
+
+
+def test_failed_calls_and_other_records_give_no_episode():
+    assert ConversationLearn().build_episodes([llm_call(error="503"), ActionRecord(action="done", task_id="a")]) == []
+    assert ConversationLearn().build_episodes([]) == []
+
+
+def test_an_episode_built_from_calls_is_not_learned_before_somebody_judges_it():
+    (episode,) = ConversationLearn().build_episodes([llm_call(task_id="egg")])
+    assert ConversationLearn().convert(episode).reason == "outcome_unknown"
+    assert ConversationLearn().convert(episode.model_copy(update={"outcome": Success()})).messages == (ASK, ANSWER)
