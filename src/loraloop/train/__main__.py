@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from loraloop.base_model import keep_memory
+from loraloop.base_model import tune_process
 from loraloop.errors import LoraLoopError
 from loraloop.train.arguments import parse_arguments
 from loraloop.train.progress import emit
@@ -15,7 +15,7 @@ from loraloop.train.progress import emit
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0 when the adapter is saved; 1 with one clear message on stderr when it cannot be."""
     arguments = parse_arguments(argv)
-    keep_memory()
+    tune_process()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from loraloop.train.run import run  # torch only loads once the arguments are known to be right
 
