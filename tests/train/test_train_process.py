@@ -12,6 +12,7 @@ import stat
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -76,6 +77,26 @@ class Trained:
     """How often it tried to reach the hub."""
 
 
+@dataclass(frozen=True)
+class Started:
+    """One training process that runs."""
+
+    process: subprocess.Popen[bytes]
+    folder: Path
+    base: Path
+    connections: list[object]
+
+    @property
+    def said(self) -> str:
+        return (self.folder / "stdout").read_text()
+
+    def finish(self) -> Trained:
+        assert self.process.wait(timeout=240) == 0, (self.folder / "stderr").read_text()
+        output = self.folder / "work" / "out"
+        record = TrainingRecord.model_validate_json((output / "training_record.json").read_bytes())
+        return Trained(output, self.base, [json.loads(line) for line in self.said.splitlines()], record, len(self.connections))
+
+
 @contextlib.contextmanager
 def counting_hub() -> Iterator[tuple[dict[str, str], list[object]]]:
     """An environment in which the hub is a local port that answers nothing, and the connections that came."""
@@ -102,50 +123,75 @@ def write_data(folder: Path, *lines: dict[str, Any]) -> Path:
     return path
 
 
-def command(base: Path, data: Path, output: Path, *more: str) -> list[str]:
-    return [sys.executable, "-m", "loraloop.train", "--data", str(data), "--output", str(output), "--model", str(base), *CONTRACT, *more]
+def arguments(base: Path, data: Path, output: Path, *more: str) -> list[str]:
+    return ["--data", str(data), "--output", str(output), "--model", str(base), *CONTRACT, *more]
 
 
-def train(
-    base: Path, folder: Path, *lines: dict[str, Any], more: tuple[str, ...] = (), environment: dict[str, str] | None = None
-) -> Trained:
-    with counting_hub() as (hub, came):
-        ended = subprocess.run(
-            command(base, write_data(folder, *lines), folder / "out", *more),
-            capture_output=True,
-            text=True,
-            timeout=120,
-            env={**os.environ, **hub, **(environment or {})},
-            cwd=folder,
-        )
-    assert ended.returncode == 0, ended.stderr
-    events = [json.loads(line) for line in ended.stdout.splitlines()]
-    record = TrainingRecord.model_validate_json((folder / "out" / "training_record.json").read_bytes())
-    return Trained(folder / "out", base, events, record, len(came))
+@contextlib.contextmanager
+def training(base: Path, folder: Path, *lines: dict[str, Any], more: tuple[str, ...]) -> Iterator[Started]:
+    """A training process in `folder / "work"`, which a hub would know of and which is ended with the block."""
+    (folder / "work").mkdir()
+    command = [sys.executable, "-m", "loraloop.train", *arguments(base, write_data(folder / "work", *lines), folder / "work" / "out", *more)]
+    with counting_hub() as (hub, came), (folder / "stdout").open("wb") as out, (folder / "stderr").open("wb") as err:
+        process = subprocess.Popen(command, stdout=out, stderr=err, env={**os.environ, **hub, "PYTHONHASHSEED": "1"}, cwd=folder / "work")
+        try:
+            yield Started(process, folder, base, came)
+        finally:
+            process.kill()
+            process.wait()
 
 
 @pytest.fixture(scope="module")
-def on_one_sentence(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    more = ("--epochs", "20", "--seed", "7")
-    return train(tiny_model("llama"), tmp_path_factory.mktemp("llama"), ONLY_CONVERSATIONS, more=more, environment={"PYTHONHASHSEED": "1"})
+def started(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Started]]:
+    """All trainings of this module, begun together, as each takes seconds to load torch."""
+    both = (ONLY_CONVERSATIONS, WITH_EVERYTHING)
+    runs: dict[str, tuple[tuple[dict[str, Any], ...], tuple[str, ...]]] = {
+        "llama": ((ONLY_CONVERSATIONS,), ("--epochs", "20", "--seed", "7")),
+        "qwen3": ((*both, UNUSABLE), ("--epochs", "10")),
+        "lfm2": (both, ("--epochs", "10")),
+        "llama, endless": ((ONLY_CONVERSATIONS,), ("--epochs", "1000000")),
+    }
+    with contextlib.ExitStack() as stack:
+        yield {
+            name: stack.enter_context(training(tiny_model(name.split(",")[0]), tmp_path_factory.mktemp("run"), *lines, more=more))
+            for name, (lines, more) in runs.items()
+        }
 
 
 @pytest.fixture(scope="module")
-def on_two_samples(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    lines = (ONLY_CONVERSATIONS, WITH_EVERYTHING, UNUSABLE)
-    return train(tiny_model("qwen3"), tmp_path_factory.mktemp("qwen3"), *lines, more=("--epochs", "10"))
+def on_one_sentence(started: dict[str, Started]) -> Trained:
+    return started["llama"].finish()
 
 
 @pytest.fixture(scope="module")
-def of_convolutions(tiny_model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    lines = (ONLY_CONVERSATIONS, WITH_EVERYTHING)
-    return train(tiny_model("lfm2"), tmp_path_factory.mktemp("lfm2"), *lines, more=("--epochs", "10"))
+def on_two_samples(started: dict[str, Started]) -> Trained:
+    return started["qwen3"].finish()
+
+
+@pytest.fixture(scope="module")
+def of_convolutions(started: dict[str, Started]) -> Trained:
+    return started["lfm2"].finish()
 
 
 @pytest.fixture(params=["on_one_sentence", "on_two_samples", "of_convolutions"], ids=["llama", "qwen3", "lfm2"])
 def trained(request: pytest.FixtureRequest) -> Trained:
     """One training for each architecture."""
     return request.getfixturevalue(request.param)
+
+
+# --- a training that is killed ----------------------------------------------------------------------------------------------
+
+
+def test_a_killed_training_leaves_no_folder(started: dict[str, Started]) -> None:
+    endless = started["llama, endless"]
+    end = time.monotonic() + 240
+    while '"event":"step"' not in endless.said:
+        assert endless.process.poll() is None, (endless.folder / "stderr").read_text()
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    endless.process.send_signal(signal.SIGKILL)
+    assert endless.process.wait(timeout=60) == -signal.SIGKILL
+    assert [entry.name for entry in (endless.folder / "work").iterdir()] == ["data.jsonl"]
 
 
 # --- what every training leaves ---------------------------------------------------------------------------------------------
@@ -266,37 +312,12 @@ def test_only_usable_episodes_are_recorded_as_used_and_each_refusal_is_kept(on_t
 # --- doing it again ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_same_seed_gives_the_same_bytes_in_another_process(on_one_sentence: Trained, tmp_path: Path) -> None:
-    again = train(
-        on_one_sentence.base, tmp_path, ONLY_CONVERSATIONS, more=("--epochs", "20", "--seed", "7"), environment={"PYTHONHASHSEED": "2"}
-    )
-    for name in ("adapter_model.safetensors", "adapter_config.json"):
-        assert file_sha256(again.output / name) == file_sha256(on_one_sentence.output / name)
-    assert again.record.loss_history == on_one_sentence.record.loss_history
-
-
-def test_another_seed_gives_other_weights(on_one_sentence: Trained, tmp_path: Path) -> None:
+def test_the_same_seed_gives_the_same_bytes_in_another_process_and_another_seed_does_not(on_one_sentence: Trained, tmp_path: Path) -> None:
     data = write_data(tmp_path, ONLY_CONVERSATIONS)
     for seed in ("7", "8"):
-        assert main(command(on_one_sentence.base, data, tmp_path / seed, "--epochs", "20", "--seed", seed)[3:]) == 0
-    weights = {seed: file_sha256(tmp_path / seed / "adapter_model.safetensors") for seed in ("7", "8")}
-    assert weights["7"] == file_sha256(on_one_sentence.output / "adapter_model.safetensors")
-    assert weights["8"] != weights["7"]
-
-
-def test_a_killed_training_leaves_no_folder(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
-    data = write_data(tmp_path, ONLY_CONVERSATIONS)
-    process = subprocess.Popen(
-        command(tiny_model("llama"), data, tmp_path / "out", "--epochs", "1000000"), stdout=subprocess.PIPE, text=True
-    )
-    try:
-        assert process.stdout is not None
-        for line in process.stdout:
-            if json.loads(line)["event"] == "step":
-                break
-        process.send_signal(signal.SIGKILL)
-    finally:
-        process.kill()
-        process.communicate(timeout=60)
-    assert process.returncode == -signal.SIGKILL
-    assert [entry.name for entry in tmp_path.iterdir()] == ["data.jsonl"]
+        assert main(arguments(on_one_sentence.base, data, tmp_path / seed, "--epochs", "20", "--seed", seed)) == 0
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert file_sha256(tmp_path / "7" / name) == file_sha256(on_one_sentence.output / name)
+    assert file_sha256(tmp_path / "8" / "adapter_model.safetensors") != file_sha256(tmp_path / "7" / "adapter_model.safetensors")
+    record = TrainingRecord.model_validate_json((tmp_path / "7" / "training_record.json").read_bytes())
+    assert record.loss_history == on_one_sentence.record.loss_history
