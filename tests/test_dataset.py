@@ -115,7 +115,7 @@ def test_order_of_episodes_does_not_matter(tmp_path: Path) -> None:
 
 def test_time_of_recording_and_of_freezing_do_not_matter(tmp_path: Path) -> None:
     def at(ms: int) -> list[Episode]:
-        return [one.model_copy(update={"metadata": EpisodeMetadata(created_at_ms=ms)}) for one in mixed()]
+        return [one.model_copy(update={"metadata": EpisodeMetadata(created_at=ms)}) for one in mixed()]
 
     assert frozen(at(1), tmp_path / "a").id == frozen(at(2), tmp_path / "b").id
 

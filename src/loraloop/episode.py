@@ -6,10 +6,11 @@ and validated; times are Unix milliseconds, UTC. Nothing here knows about traini
 
 from __future__ import annotations
 
+import re
 import time
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, JsonValue, model_validator
 from pydantic.dataclasses import dataclass
 
 from loraloop.ids import SortableId
@@ -24,14 +25,29 @@ def now_ms() -> int:
 
 
 class EpisodeId(SortableId):
-    """`ep-<unix ms>-<hex>`; ids made from content have 0 for the time, so that importing twice gives the same id."""
+    """`ep-<unix ms>-<hex>` when made here; ids made from content have 0 for the time, so that importing twice gives the same id.
+
+    `parse` also takes ids that other systems gave: any text of letters, digits and `._:@+-` that is safe as a file name.
+    """
 
     prefix: ClassVar[str] = "ep"
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """`text` as an id; raises ValueError when it is empty, too long, or not safe as a file name."""
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._:@+-]{0,127}", text):
+            raise ValueError(f"{text!r} is no episode id; expected 1 to 128 letters, digits or ._:@+- that begin with a letter or digit")
+        return cls(text)
 
     @classmethod
     def from_content(cls, digest: str) -> Self:
         """The id of an imported episode, from the first 32 hex digits of a hash over what was imported."""
         return cls.parse(f"{cls.prefix}-{0:013d}-{digest[:32]}")
+
+    @property
+    def timestamp_ms(self) -> int:
+        """When it was made, in Unix milliseconds; 0 for ids made from content or elsewhere."""
+        return int(self.split("-")[1]) if re.fullmatch(r"ep-[0-9]{13}-[0-9a-f]+", self) else 0
 
 
 # --- outcomes ---------------------------------------------------------------------------------------------------------------
@@ -203,21 +219,22 @@ AnyRecord = Annotated[ActionRecord | LlmCallRecord, Field(discriminator="kind")]
 
 
 class EpisodeMetadata(Frozen):
-    """Where an episode came from and when it ran."""
+    """Where an episode came from and when it ran; times are Unix milliseconds, UTC."""
 
-    strategy: str | None = None
-    scenario: str | None = None
-    created_at_ms: int = Field(default_factory=now_ms)
-    started_at_ms: int | None = None
-    ended_at_ms: int | None = None
+    strategy: str | None = Field(default=None, validation_alias=AliasChoices("strategy", "strategy_name"))
+    scenario: str | None = Field(default=None, validation_alias=AliasChoices("scenario", "scenario_name"))
+    created_at: int = Field(default_factory=now_ms)
+    """When it was stored or imported."""
+    started_at: int | None = None
+    ended_at: int | None = None
     tags: dict[str, str] = Field(default_factory=dict)
 
     @property
     def duration_ms(self) -> int | None:
         """From start to end, or None when either is not known."""
-        if self.started_at_ms is None or self.ended_at_ms is None:
+        if self.started_at is None or self.ended_at is None:
             return None
-        return self.ended_at_ms - self.started_at_ms
+        return self.ended_at - self.started_at
 
 
 class Episode(Frozen):
@@ -287,7 +304,7 @@ class EpisodeFilter(Frozen):
 
     def matches(self, episode: Episode) -> bool:
         """True when `episode` passes every field but limit and offset."""
-        created = episode.metadata.created_at_ms
+        created = episode.metadata.created_at
         return (
             self.learn_model in (None, episode.learn_model)
             and self.scenario in (None, episode.metadata.scenario)

@@ -22,7 +22,7 @@ PluginKind = Literal["learn_models", "importers"]
 
 @runtime_checkable
 class EpisodeStore(Protocol):
-    """Keeps episodes. Order is by time of creation (`metadata.created_at_ms`), then id. Raises StoreError for trouble of its own."""
+    """Keeps episodes. Order is by time of creation (`metadata.created_at`), then id. Raises StoreError for trouble of its own."""
 
     def append(self, episode: Episode) -> bool:
         """Keep `episode`; False when the very same is there already. Raises StoreError when another one has its id."""

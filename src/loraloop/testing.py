@@ -82,11 +82,11 @@ def _check_empty(store: EpisodeStore) -> None:
 
 def _check_order(store: EpisodeStore) -> None:
     ids = [f"ep-{number:013d}-00000000" for number in range(4)]
-    early, late = [EpisodeMetadata(created_at_ms=ms) for ms in (999, 1_000)]
+    early, late = [EpisodeMetadata(created_at=ms) for ms in (999, 1_000)]
     by_time = [make_episode(id=ids[3], metadata=early), *(make_episode(id=ids[n], metadata=late) for n in range(3))]
     for position in (2, 0, 3, 1):
         _expect(store.append(by_time[position]) is True, "append() of a new episode gives True")
-    _expect(store.query() == by_time, "query() is ordered by created_at_ms, then id")
+    _expect(store.query() == by_time, "query() is ordered by created_at, then id")
     _expect(list(store.iter_episodes()) == by_time, "iter_episodes() has the order of query()")
     _expect(store.list_meta() == [episode.to_dto() for episode in by_time], "list_meta() gives to_dto() of each, in that order")
     _expect(store.count() == len(by_time), "count() without a filter counts all")
@@ -98,13 +98,13 @@ def _check_append_again(store: EpisodeStore) -> None:
     first = _created(make_episode(), 5)
     store.append(first)
     _expect(store.append(first) is False, "append() of the very same gives False")
-    _expect(store.append(_created(first, 77)) is False, "created_at_ms alone does not make another episode")
+    _expect(store.append(_created(first, 77)) is False, "created_at alone does not make another episode")
     _expect(store.query() == [first], "what came first stays as it is")
 
 
 def _check_conflict(store: EpisodeStore) -> None:
     """One change at a time, in every part of an episode."""
-    first = make_episode(tools=[{"b": 1, "a": 2}], metadata=EpisodeMetadata(created_at_ms=5, tags={"split": "test"}))
+    first = make_episode(tools=[{"b": 1, "a": 2}], metadata=EpisodeMetadata(created_at=5, tags={"split": "test"}))
     store.append(first)
     no_content = {"messages": [*first.messages[:2], {"role": "assistant", "content": None}]}
     changes: list[dict[str, Any]] = [
@@ -118,7 +118,7 @@ def _check_conflict(store: EpisodeStore) -> None:
         {"tools": []},
         {"tools": [{"a": 2, "b": 1}]},
         {"records": [ActionRecord(action="boil", timestamp_ms=1)]},
-        {"metadata": EpisodeMetadata(created_at_ms=5)},
+        {"metadata": EpisodeMetadata(created_at=5)},
     ]
     for change in changes:
         with _expect_store_error(f"append() of another episode with the same id, by {change}", naming=first.id):
@@ -165,7 +165,7 @@ def _check_times(store: EpisodeStore) -> None:
     store.append_many([_created(make_episode(), ms) for ms in (10, 20, 30)])
 
     def times(**fields: int) -> list[int]:
-        return [episode.metadata.created_at_ms for episode in store.iter_episodes(EpisodeFilter.model_validate(fields))]
+        return [episode.metadata.created_at for episode in store.iter_episodes(EpisodeFilter.model_validate(fields))]
 
     _expect(times(since=20) == [20, 30], "since is inclusive")
     _expect(times(until=20) == [10], "until is exclusive")
@@ -190,7 +190,7 @@ def _check_long_iteration(store: EpisodeStore) -> None:
     """More than any page, many with one time."""
     episodes = [_created(make_episode(), n // 300) for n in range(700)]
     store.append_many(episodes[::-1])
-    ids = [episode.id for episode in sorted(episodes, key=lambda episode: (episode.metadata.created_at_ms, episode.id))]
+    ids = [episode.id for episode in sorted(episodes, key=lambda episode: (episode.metadata.created_at, episode.id))]
     _expect([episode.id for episode in store.iter_episodes()] == ids, "a long iteration misses and repeats nothing")
     some = EpisodeFilter(limit=450, offset=130)
     _expect([meta.id for meta in store.list_meta(some)] == ids[130:580], "limit and offset hold over pages")
@@ -235,7 +235,7 @@ def _check_kept_to_the_letter(store: EpisodeStore) -> None:
         ActionRecord(action="boil", success=False, error="no pot", tick=3, timestamp_ms=1, worker_id="w"),
         LlmCallRecord.model_validate({"messages": messages[:1], "response": messages[1], "tools": tools, "timestamp_ms": 2}),
     ]
-    metadata = EpisodeMetadata(created_at_ms=0, started_at_ms=-5, ended_at_ms=2**53 + 1, strategy="", tags={"z": "1", "a": ""})
+    metadata = EpisodeMetadata(created_at=0, started_at=-5, ended_at=2**53 + 1, strategy="", tags={"z": "1", "a": ""})
     changes: dict[str, Any] = {"messages": messages, "tools": tools, "records": records, "metadata": metadata}
     for outcome in (Success(0.1 + 0.2), Failure("burnt"), Timeout(0.0), Timeout(None), Unknown()):
         episode = make_episode(outcome=outcome, **changes)
@@ -291,8 +291,8 @@ def _check_kept_or_refused(store: EpisodeStore, episode: Episode, what: str) -> 
         _expect_same(store.get(episode.id), episode)
 
 
-def _created(episode: Episode, created_at_ms: int) -> Episode:
-    return episode.model_copy(update={"metadata": episode.metadata.model_copy(update={"created_at_ms": created_at_ms})})
+def _created(episode: Episode, created_at: int) -> Episode:
+    return episode.model_copy(update={"metadata": episode.metadata.model_copy(update={"created_at": created_at})})
 
 
 def _expect_same(given: Episode, expected: Episode) -> None:

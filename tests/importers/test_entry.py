@@ -14,7 +14,7 @@ def make_episode(**fields):
 
 
 def test_the_time_of_import_is_not_in_the_id():
-    early, late = (make_episode(metadata=EpisodeMetadata(created_at_ms=ms)) for ms in (1, 2))
+    early, late = (make_episode(metadata=EpisodeMetadata(created_at=ms)) for ms in (1, 2))
     assert early.id != late.id
     assert with_content_id(early).id == with_content_id(late).id
 

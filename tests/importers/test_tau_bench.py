@@ -26,7 +26,7 @@ def test_a_run_is_taken_over_as_it_was(fixtures):
     assert (episode.task_id, episode.group_id, episode.learn_model) == ("0", "0", CONVERSATION)
     assert episode.metadata.scenario == "tau-bench"
     assert episode.metadata.tags == {"format": "tau-bench", "trial": "0"}
-    assert (episode.metadata.started_at_ms, episode.metadata.ended_at_ms) == (None, None)
+    assert (episode.metadata.started_at, episode.metadata.ended_at) == (None, None)
     assert [message.role for message in episode.messages] == ["system", "user", *["assistant", "tool"] * 2, "assistant", "user"]
     assert [call.id for message in episode.messages for call in message.tool_calls] == ["call_1", "call_1"]
     assert episode.messages[2].content is None

@@ -50,7 +50,7 @@ def test_actions_of_no_task_and_other_records_are_left_out():
 
 def test_an_episode_knows_when_it_ran():
     (episode,) = WorkerTaskLearn().build_episodes(RUN)
-    assert (episode.metadata.started_at_ms, episode.metadata.ended_at_ms, episode.metadata.duration_ms) == (100, 250, 150)
+    assert (episode.metadata.started_at, episode.metadata.ended_at, episode.metadata.duration_ms) == (100, 250, 150)
 
 
 # --- how a task ended -------------------------------------------------------------------------------------------------------

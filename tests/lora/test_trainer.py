@@ -142,9 +142,9 @@ def test_training_file_is_known_byte_for_byte(make_trainer: MakeTrainer, tmp_pat
             ),
             tools=(tool,),
             outcome=Success(1.0),
-            metadata=EpisodeMetadata(created_at_ms=1, tags={"weight": "0.5"}),
+            metadata=EpisodeMetadata(created_at=1, tags={"weight": "0.5"}),
         ),
-        make_episode(id=episode_id(2), metadata=EpisodeMetadata(created_at_ms=2)),
+        make_episode(id=episode_id(2), metadata=EpisodeMetadata(created_at=2)),
     ]
     model = make_trainer(WRITE_ADAPTER, episodes).train_sync(ConversationLearn())
     written = '{"id":"c1","type":"function","function":{"name":"find","arguments":"{ \\"b\\":1, \\"a\\": 2 }"}}'

@@ -346,7 +346,7 @@ def test_unreadable_body_says_what_to_do_and_lists_still_work(path, body):
 def test_values_beyond_the_database_are_store_errors(path):
     with SqlEpisodeStore(path) as store:
         for act in (
-            lambda: store.append(make_episode(metadata=EpisodeMetadata(created_at_ms=2**63))),
+            lambda: store.append(make_episode(metadata=EpisodeMetadata(created_at=2**63))),
             lambda: store.append(make_episode(task_id="\ud800")),
             lambda: store.count(EpisodeFilter(since=2**63)),
             lambda: store.query(EpisodeFilter(offset=2**63)),

@@ -131,7 +131,12 @@ def arguments(base: Path, data: Path, output: Path, *more: str) -> list[str]:
 def training(base: Path, folder: Path, *lines: dict[str, Any], more: tuple[str, ...]) -> Iterator[Started]:
     """A training process in `folder / "work"`, which a hub would know of and which is ended with the block."""
     (folder / "work").mkdir()
-    command = [sys.executable, "-m", "loraloop.train", *arguments(base, write_data(folder / "work", *lines), folder / "work" / "out", *more)]
+    command = [
+        sys.executable,
+        "-m",
+        "loraloop.train",
+        *arguments(base, write_data(folder / "work", *lines), folder / "work" / "out", *more),
+    ]
     with counting_hub() as (hub, came), (folder / "stdout").open("wb") as out, (folder / "stderr").open("wb") as err:
         process = subprocess.Popen(command, stdout=out, stderr=err, env={**os.environ, **hub, "PYTHONHASHSEED": "1"}, cwd=folder / "work")
         try:

@@ -69,7 +69,7 @@ def with_content_id(episode: Episode) -> Episode:
     unsaid = {"id", "outcome", "tools", "metadata"}
     said = episode.model_dump(mode="json", exclude=unsaid, exclude_defaults=True)
     said["outcome"] = episode.model_dump(mode="json", include={"outcome"})["outcome"]
-    said["metadata"] = episode.metadata.model_dump(mode="json", exclude={"created_at_ms"}, exclude_defaults=True)
+    said["metadata"] = episode.metadata.model_dump(mode="json", exclude={"created_at"}, exclude_defaults=True)
     said["tools"] = [json.dumps(tool, ensure_ascii=False) for tool in episode.tools]
     return episode.model_copy(update={"id": EpisodeId.from_content(content_hash(said))})
 

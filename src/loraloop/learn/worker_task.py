@@ -97,7 +97,7 @@ class WorkerTaskLearn:
             group_id=actions[0].group_id,
             records=tuple(actions),
             outcome=self.evaluate(actions),
-            metadata=EpisodeMetadata(started_at_ms=actions[0].timestamp_ms, ended_at_ms=actions[-1].timestamp_ms + actions[-1].duration_ms),
+            metadata=EpisodeMetadata(started_at=actions[0].timestamp_ms, ended_at=actions[-1].timestamp_ms + actions[-1].duration_ms),
         )
 
 

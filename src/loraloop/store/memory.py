@@ -30,10 +30,10 @@ class InMemoryEpisodeStore:
     def __init__(self) -> None:
         self._lock = threading.RLock()
         self._episodes: dict[str, Episode] = {}
-        self._order: list[tuple[int, str]] = []  # (created_at_ms, id), sorted
+        self._order: list[tuple[int, str]] = []  # (created_at, id), sorted
 
     def append(self, episode: Episode) -> bool:
-        """Keep `episode`; False when the very same is there already, whatever its `created_at_ms`.
+        """Keep `episode`; False when the very same is there already, whatever its `created_at`.
 
         Raises StoreError when another episode has its id, or when it holds what JSON cannot (NaN, infinity).
         """
@@ -112,7 +112,7 @@ def from_body(kind: type[Stored], body: str) -> Stored:
 
 
 def same_content(one: Episode, other: Episode) -> bool:
-    """True when both are equal to the letter but for `metadata.created_at_ms`, which an importer sets to its present."""
+    """True when both are equal to the letter but for `metadata.created_at`, which an importer sets to its present."""
     return _without_creation(one) == _without_creation(other)
 
 
@@ -125,11 +125,11 @@ def conflict(episode_id: str, where: str) -> str:
 
 
 def _without_creation(episode: Episode) -> str:
-    return to_body(episode.model_copy(update={"metadata": episode.metadata.model_copy(update={"created_at_ms": 0})}))
+    return to_body(episode.model_copy(update={"metadata": episode.metadata.model_copy(update={"created_at": 0})}))
 
 
 def _position(episode: Episode) -> tuple[int, str]:
-    return episode.metadata.created_at_ms, episode.id
+    return episode.metadata.created_at, episode.id
 
 
 def _escape_surrogates(text: str) -> str:

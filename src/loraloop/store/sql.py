@@ -56,7 +56,7 @@ _episodes = Table(
     _schema,
     Column("seq", Integer, primary_key=True),  # in the order of commits, as there is one writer at a time
     Column("id", Text, nullable=False, unique=True),
-    Column("created_at_ms", BigInteger, nullable=False),
+    Column("created_at", BigInteger, nullable=False),
     Column("learn_model", Text, nullable=False),
     Column("scenario", Text),
     Column("outcome", Text, nullable=False),
@@ -64,11 +64,11 @@ _episodes = Table(
     Column("group_id", Text),
     Column("meta", Text, nullable=False),  # the EpisodeDto, so that lists need not read bodies
     Column("body", Text, nullable=False),  # the Episode; last, as SQLite reads a row from the left
-    Index("episodes_by_position", "created_at_ms", "id"),
-    *(Index(f"episodes_by_{name}", name, "created_at_ms", "id") for name in _FILTERED_COLUMNS),
+    Index("episodes_by_position", "created_at", "id"),
+    *(Index(f"episodes_by_{name}", name, "created_at", "id") for name in _FILTERED_COLUMNS),
     sqlite_autoincrement=True,
 )
-_POSITION = (_episodes.c.created_at_ms, _episodes.c.id)
+_POSITION = (_episodes.c.created_at, _episodes.c.id)
 
 _BEGIN = "loraloop_begin"  # execution option: the statement that opens a transaction; without it each statement is its own
 
@@ -123,7 +123,7 @@ class SqlEpisodeStore:
         self.close()
 
     def append(self, episode: Episode) -> bool:
-        """Keep `episode`; False when the very same is there already, whatever its `created_at_ms`.
+        """Keep `episode`; False when the very same is there already, whatever its `created_at`.
 
         Raises StoreError when another episode has its id, or when it cannot be kept whole: NaN or infinity anywhere, a lone
         surrogate in its learn model, scenario, task or group.
@@ -315,7 +315,7 @@ def _to_row(episode: Episode) -> dict[str, str | int | None]:
     body = to_body(episode)  # first, as it finds what is not valid
     return {
         "id": str(episode.id),
-        "created_at_ms": episode.metadata.created_at_ms,
+        "created_at": episode.metadata.created_at,
         "learn_model": episode.learn_model,
         "scenario": episode.metadata.scenario,
         "outcome": episode.outcome.kind,
@@ -331,9 +331,9 @@ def _conditions(wanted: EpisodeFilter) -> list[ColumnElement[bool]]:
     values = ((_episodes.c[name], getattr(wanted, name)) for name in _FILTERED_COLUMNS)
     conditions = [column == value for column, value in values if value is not None]
     if wanted.since is not None:
-        conditions.append(_episodes.c.created_at_ms >= wanted.since)
+        conditions.append(_episodes.c.created_at >= wanted.since)
     if wanted.until is not None:
-        conditions.append(_episodes.c.created_at_ms < wanted.until)
+        conditions.append(_episodes.c.created_at < wanted.until)
     return conditions
 
 
