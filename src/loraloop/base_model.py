@@ -102,12 +102,12 @@ def tune_process() -> bool:
     """Settings of this process for computing on the CPU; call it before torch is loaded. True when glibc took them.
 
     glibc keeps freed memory instead of returning it after every operation: touching fresh pages costs several times more than
-    computing on warm ones. OpenMP's threads sleep while they wait instead of spinning: where another program wants a core too,
-    spinning stalls both (docs/lab-book.md has the figures). Elsewhere than on Linux only the second applies.
+    computing on warm ones. OpenMP's threads spin for a short while only before they sleep: where another program wants a core too,
+    long spinning stalls both (docs/lab-book.md has the figures). Elsewhere than on Linux only the second applies.
     """
     import ctypes
 
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     if not sys.platform.startswith("linux"):
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
