@@ -64,7 +64,8 @@ def build_rows(
         on_progress(number)
     report = _summarise(samples, n_used, rows, refusals, template)
     if not rows:
-        raise EmptyData(f"none of {len(samples)} samples gave anything to train on", report.refused)
+        advice = f"; raise max_seq_length (now {max_length})" if "turn_too_long" in report.refused else ""
+        raise EmptyData(f"none of {len(samples)} samples gave anything to train on{advice}", report.refused)
     findings = Counter(finding for row in rows for finding in check_row(row))
     if findings:
         first = next(row for row in rows if check_row(row))
