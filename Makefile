@@ -8,7 +8,7 @@ export HF_HUB_OFFLINE := 1
 .PHONY: help demo test test-fast check format docs clean
 
 help:
-	@echo "make demo       watch an agent get better at a real task (about 15 minutes on two cores)"
+	@echo "make demo       watch an agent get better at a real task (about 20 minutes on two cores)"
 	@echo "make test       every test"
 	@echo "make test-fast  the tests without real weights"
 	@echo "make check      ruff, mypy --strict, import directions"
