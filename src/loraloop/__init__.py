@@ -3,6 +3,7 @@
 The file to read first is `pipeline.py`; the directory that holds everything is a `Project`.
 """
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from loraloop.episode import Episode, EpisodeFilter, EpisodeId, EpisodeMetadata, Failure, Outcome, Success, Timeout, Unknown
@@ -11,12 +12,12 @@ from loraloop.learn.conversation import ConversationLearn
 from loraloop.learn.worker_task import WorkerTaskLearn
 from loraloop.lora.config import LoraTrainerConfig
 from loraloop.lora.model import LoraModelId, TrainedModel, TrainingMetrics
-from loraloop.lora.trainer import LoraTrainer
 from loraloop.plugins import EpisodeStore, LearnModel
 from loraloop.store.memory import InMemoryEpisodeStore
 from loraloop.training_data import Conversation, ConversationRole, TrainingData
 
 if TYPE_CHECKING:
+    from loraloop.lora.trainer import LoraTrainer
     from loraloop.store.sql import SqlEpisodeStore
 
 __all__ = [
@@ -52,10 +53,12 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    """SqlEpisodeStore on its first use: SQLAlchemy takes longer to import than all the rest."""
-    if name == "SqlEpisodeStore":
-        from loraloop.store.sql import SqlEpisodeStore
+_ON_FIRST_USE = {"LoraTrainer": "loraloop.lora.trainer", "SqlEpisodeStore": "loraloop.store.sql"}
+"""What takes longest to import: asyncio and SQLAlchemy come with these."""
 
-        return SqlEpisodeStore
+
+def __getattr__(name: str) -> Any:
+    """LoraTrainer and SqlEpisodeStore, imported when they are first asked for."""
+    if name in _ON_FIRST_USE:
+        return getattr(importlib.import_module(_ON_FIRST_USE[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

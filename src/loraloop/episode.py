@@ -124,7 +124,7 @@ AnyOutcome = Annotated[Success | Failure | Timeout | Unknown, Field(discriminato
 class Frozen(BaseModel):
     """The base of data that crosses a line: frozen, unknown keys refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
 
 class FunctionCall(Frozen):

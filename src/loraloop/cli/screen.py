@@ -6,14 +6,15 @@ import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Self
+from typing import TYPE_CHECKING, Annotated, Self
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
-from loraloop.training_record import DataReport, TrainingEvent
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import TaskID
+
+    from loraloop.training_record import DataReport, TrainingEvent
 
 DEFAULT_PROJECT = Path("loraloop-project")
 
@@ -25,6 +26,8 @@ JsonOption = Annotated[bool, typer.Option("--json", help="JSON on standard outpu
 
 def err() -> Console:
     """The console for people: standard error."""
+    from rich.console import Console
+
     return Console(stderr=True, highlight=False, soft_wrap=True)
 
 
@@ -35,6 +38,9 @@ def write_line(text: str) -> None:
 
 def show_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
     """A table on standard output, as wide as its content where that is not a terminal."""
+    from rich.console import Console
+    from rich.table import Table
+
     table = Table(title=title, title_justify="left")
     for column in columns:
         table.add_column(column, overflow="fold")
@@ -75,6 +81,8 @@ class TrainingScreen:
     """Shows a training's events as they come: a bar with step, loss, tokens/s and time left; notes above it."""
 
     def __init__(self) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
         self.progress = Progress(
             TextColumn("training"),
             BarColumn(),
