@@ -1,0 +1,176 @@
+"""Native kernels for the CPU, in bfloat16: attention over a prefix tree, and the element-wise passes round it, each in one go.
+
+They are exact in the sense of torch's own bfloat16 kernels: float32 inside, one rounding at the end, the same bytes on every run.
+`load_kernels` gives them or says why there are none; a caller then uses torch. Every method checks what it is given and raises
+ValueError; nothing is copied or converted in silence. Tensors may be column slices of a wider matrix: only their last axes must be
+contiguous. This module knows nothing of models or autograd.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import TYPE_CHECKING
+
+from loraloop.train.kernel_library import Library, open_library
+
+if TYPE_CHECKING:
+    import torch
+
+MAX_HEAD_DIM = 256
+
+
+def load_kernels() -> tuple[Kernels | None, str]:
+    """The kernels and the instruction set they use, or None and the reason why not."""
+    library = open_library()
+    if isinstance(library, str):
+        return None, library
+    return Kernels(library), library.isa
+
+
+class Kernels:
+    """The kernels of a loaded library. Work is spread over `torch.get_num_threads()` threads; the GIL is free meanwhile."""
+
+    def __init__(self, library: Library) -> None:
+        self.isa = library.isa
+        self._library = library.functions
+
+    def attention_forward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, end: torch.Tensor, scale: float, out: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Attention of the T rows of a block, in depth-first order of a prefix tree, over S >= T keys.
+
+        The first S - T keys are the path above the block, which every row sees; row i sees the block's own key j exactly when
+        j <= i < end[j]. q is (T, query heads, D), k and v are (S, heads, D), bfloat16; D is a multiple of 16 up to 256; query heads
+        are a multiple of the heads, and share one in order. `end` is (T,) int32 with j < end[j] <= T: the end of the subtree of the
+        node that row j is in; T everywhere makes it causal. Gives the output (T, query heads, D) and the natural log-sum-exp of the
+        scaled scores (query heads, T) in float32.
+        """
+        import torch
+
+        call = _attention_call(q, k, v, end, scale=scale, isa=self.isa)
+        out = torch.empty(q.shape, dtype=torch.bfloat16) if out is None else out
+        _check("out", out, torch.bfloat16, q.shape)
+        call.out_row = _row(out)
+        lse = torch.empty((q.shape[1], q.shape[0]), dtype=torch.float32)
+        if out.numel():
+            self._run("attention_forward", ctypes.byref(call), q, k, v, end, out, lse)
+        return out, lse
+
+    def attention_backward(
+        self,
+        d_out: torch.Tensor,
+        *,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        end: torch.Tensor,
+        scale: float,
+        d_k: torch.Tensor,
+        d_v: torch.Tensor,
+        d_q: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The gradient of `attention_forward`: d_q (T, query heads, D) in bfloat16 is given, or written into the given tensor.
+
+        d_k and d_v are (S, heads, D) float32 and are added to: what descendants gave before is kept. The result does not depend on
+        the number of threads.
+        """
+        import torch
+
+        call = _attention_call(q, k, v, end, scale=scale, isa=self.isa)
+        d_q = torch.empty(q.shape, dtype=torch.bfloat16) if d_q is None else d_q
+        for name, tensor in (("d_out", d_out), ("out", out), ("d_q", d_q)):
+            _check(name, tensor, torch.bfloat16, q.shape)
+        for name, tensor in (("d_k", d_k), ("d_v", d_v)):
+            _check(name, tensor, torch.float32, k.shape)
+        _check("lse", lse, torch.float32, (q.shape[1], q.shape[0]))
+        if lse.shape[0] > 1 and _row(lse) != lse.shape[1]:
+            raise ValueError("lse must be contiguous")
+        call.out_row, call.d_out_row, call.d_q_row = _row(out), _row(d_out), _row(d_q)
+        call.d_k_row, call.d_v_row = _row(d_k), _row(d_v)
+        if q.numel():
+            self._run("attention_backward", ctypes.byref(call), d_out, q, k, v, out, lse, end, d_q, d_k, d_v)
+        return d_q
+
+    def _run(self, name: str, *arguments: object) -> None:
+        """Call a function of the library: tensors as addresses, whole numbers as int64, others as double."""
+        import torch
+
+        values: list[object] = []
+        for argument in arguments:
+            if isinstance(argument, torch.Tensor):
+                values.append(ctypes.c_void_p(argument.data_ptr()))
+            elif isinstance(argument, int):
+                values.append(ctypes.c_int64(argument))
+            elif isinstance(argument, float):
+                values.append(ctypes.c_double(argument))
+            else:
+                values.append(argument)
+        if self._library[name](*values):
+            raise MemoryError(f"{name}: no memory for its buffers")
+
+
+class _AttentionCall(ctypes.Structure):
+    """`Call` of attention.c; rows are the values from one token to the next."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("n_queries", "n_keys", "n_heads", "n_kv_heads", "dim")),
+        *((name, ctypes.c_int64) for name in ("q_row", "k_row", "v_row", "out_row", "d_out_row", "d_q_row", "d_k_row", "d_v_row")),
+        *((name, ctypes.c_int64) for name in ("n_threads", "amx")),
+        ("scale", ctypes.c_double),
+    )
+
+
+def _attention_call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, end: torch.Tensor, *, scale: float, isa: str) -> _AttentionCall:
+    """The arguments that forward and backward share, checked."""
+    import torch
+
+    if q.dim() != 3 or k.dim() != 3:
+        raise ValueError(f"q and k must be (tokens, heads, dim), not {tuple(q.shape)} and {tuple(k.shape)}")
+    (n_queries, n_heads, dim), (n_keys, n_kv_heads, _) = q.shape, k.shape
+    _check("q", q, torch.bfloat16, q.shape)
+    _check("k", k, torch.bfloat16, (n_keys, n_kv_heads, dim))
+    _check("v", v, torch.bfloat16, (n_keys, n_kv_heads, dim))
+    _check("end", end, torch.int32, (n_queries,))
+    if dim % 16 or not 0 < dim <= MAX_HEAD_DIM:
+        raise ValueError(f"heads of {dim} values: only multiples of 16 up to {MAX_HEAD_DIM} are supported")
+    if not n_kv_heads or n_heads % n_kv_heads:
+        raise ValueError(f"{n_heads} query heads cannot share {n_kv_heads} heads")
+    if n_keys < n_queries:
+        raise ValueError(f"{n_keys} keys for {n_queries} rows: the rows' own keys must be the last of them")
+    if not scale > 0:
+        raise ValueError(f"scale must be positive, not {scale}")
+    return _AttentionCall(
+        n_queries=n_queries,
+        n_keys=n_keys,
+        n_heads=n_heads,
+        n_kv_heads=n_kv_heads,
+        dim=dim,
+        q_row=_row(q),
+        k_row=_row(k),
+        v_row=_row(v),
+        n_threads=torch.get_num_threads(),
+        amx=isa == "amx",
+        scale=scale,
+    )
+
+
+def _row(tensor: torch.Tensor) -> int:
+    """The values from one row to the next."""
+    return tensor.stride(0)
+
+
+def _check(name: str, tensor: torch.Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    """Raise ValueError unless the tensor is what the library will take it for: only the first axis may have a stride of its own."""
+    if tensor.device.type != "cpu" or tensor.dtype != dtype or tuple(tensor.shape) != tuple(shape):
+        raise ValueError(
+            f"{name} must be {tuple(shape)} {dtype} on the CPU, not {tuple(tensor.shape)} {tensor.dtype} on {tensor.device.type}"
+        )
+    inner = 1
+    for size, stride in reversed(list(zip(tensor.shape[1:], tensor.stride()[1:], strict=True))):
+        if size > 1 and stride != inner:
+            raise ValueError(f"{name} must be contiguous in all axes but the first; its strides are {tensor.stride()}")
+        inner *= size
+    if tensor.dim() and tensor.shape[0] > 1 and tensor.stride(0) < inner:
+        raise ValueError(f"{name} has rows that overlap; its strides are {tensor.stride()}")

@@ -1,0 +1,2 @@
+/* Element-wise passes over rows. */
+#include "kernels.h"
