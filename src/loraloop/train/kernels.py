@@ -93,6 +93,94 @@ class Kernels:
             self._run("attention_backward", ctypes.byref(call), d_out, q, k, v, out, lse, end, d_q, d_k, d_v)
         return d_q
 
+    def rms_norm(
+        self, x: torch.Tensor, weight: torch.Tensor, *, eps: float, out: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """X * rsqrt(mean(x^2) + eps) * weight for each row of x (T, n); also the second factor (T,), in float32, for the backward pass."""
+        import torch
+
+        _check_matrices(x=x)
+        _check("weight", weight, torch.bfloat16, x.shape[1:])
+        out = torch.empty(x.shape, dtype=torch.bfloat16) if out is None else out
+        _check("out", out, torch.bfloat16, x.shape)
+        rstd = torch.empty(x.shape[0], dtype=torch.float32)
+        self._rows("rms_norm", x.shape, x, _row(x), weight, float(eps), out, _row(out), rstd)
+        return out, rstd
+
+    def rms_norm_backward(
+        self, d_out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, *, rstd: torch.Tensor, d_x: torch.Tensor
+    ) -> None:
+        """Add the gradient of `rms_norm` with regard to x to `d_x`; the weight is frozen."""
+        import torch
+
+        _check_matrices(x=x, d_out=d_out, d_x=d_x)
+        _check("weight", weight, torch.bfloat16, x.shape[1:])
+        _check("rstd", rstd, torch.float32, x.shape[:1])
+        self._rows("rms_norm_backward", x.shape, d_out, _row(d_out), x, _row(x), weight, rstd, d_x, _row(d_x))
+
+    def swiglu(self, gate: torch.Tensor, up: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
+        """silu(gate) * up, all (T, n)."""
+        import torch
+
+        out = torch.empty(gate.shape, dtype=torch.bfloat16) if out is None else out
+        _check_matrices(gate=gate, up=up, out=out)
+        self._rows("swiglu", gate.shape, gate, _row(gate), up, _row(up), out, _row(out))
+        return out
+
+    def swiglu_backward(
+        self,
+        d_h: torch.Tensor,
+        gate: torch.Tensor,
+        up: torch.Tensor,
+        *,
+        d_gate: torch.Tensor,
+        d_up: torch.Tensor,
+        h: torch.Tensor,
+    ) -> None:
+        """From the gradient of h = silu(gate) * up: write d_gate, d_up and h once more, all (T, n).
+
+        An output may be an input itself, element for element: gate and d_gate, up and d_up, d_h and h.
+        """
+        _check_matrices(gate=gate, up=up, d_h=d_h, d_gate=d_gate, d_up=d_up, h=h)
+        inputs = (d_h, _row(d_h), gate, _row(gate), up, _row(up))
+        self._rows("swiglu_backward", gate.shape, *inputs, d_gate, _row(d_gate), d_up, _row(d_up), h, _row(h))
+
+    def rope(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, sign: int = 1) -> None:
+        """Rotate x (T, heads, D) in place, halves of a head against each other, by angles whose cos and sin are (T, D/2) float32.
+
+        sign=-1 turns back, which is the gradient.
+        """
+        import torch
+
+        if x.dim() != 3 or x.shape[2] % 2 or sign not in {1, -1}:
+            raise ValueError(f"x must be (tokens, heads, even dim) and sign 1 or -1, not {tuple(x.shape)} and {sign}")
+        rows, heads, dim = x.shape
+        _check("x", x, torch.bfloat16, x.shape)
+        for name, table in (("cos", cos), ("sin", sin)):
+            _check(name, table, torch.float32, (rows, dim // 2))
+            if rows > 1 and _row(table) != dim // 2:
+                raise ValueError(f"{name} must be contiguous")
+        self._rows("rope", (rows, dim // 2), x, _row(x), heads, cos, sin, float(sign))
+
+    def head_softmax(self, logits: torch.Tensor, coef: torch.Tensor) -> torch.Tensor:
+        """Each row's log-sum-exp (R,) in float32, and in place softmax(row) * coef[row]; logits (R, V) are bfloat16 or float32."""
+        import torch
+
+        if logits.dim() != 2 or logits.dtype not in {torch.bfloat16, torch.float32} or not logits.shape[1]:
+            raise ValueError(f"logits must be (rows, vocabulary) in bfloat16 or float32, not {tuple(logits.shape)} {logits.dtype}")
+        _check("logits", logits, logits.dtype, logits.shape)
+        _check("coef", coef, torch.float32, logits.shape[:1])
+        lse = torch.empty(logits.shape[0], dtype=torch.float32)
+        self._rows("head_softmax", logits.shape, logits, _row(logits), logits.dtype == torch.float32, coef, lse)
+        return lse
+
+    def _rows(self, name: str, shape: tuple[int, ...], *arguments: object) -> None:
+        """Call a function of rows.c, unless there is nothing to do."""
+        import torch
+
+        if shape[0] and shape[1]:
+            self._run(name, torch.get_num_threads(), shape[0], shape[1], *arguments)
+
     def _run(self, name: str, *arguments: object) -> None:
         """Call a function of the library: tensors as addresses, whole numbers as int64, others as double."""
         import torch
@@ -159,6 +247,17 @@ def _attention_call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, end: torc
 def _row(tensor: torch.Tensor) -> int:
     """The values from one row to the next."""
     return tensor.stride(0)
+
+
+def _check_matrices(**matrices: torch.Tensor) -> None:
+    """Raise ValueError unless all are bfloat16 matrices of the first one's shape."""
+    import torch
+
+    shape = next(iter(matrices.values())).shape
+    if len(shape) != 2:
+        raise ValueError(f"{next(iter(matrices))} must be a matrix, not {tuple(shape)}")
+    for name, matrix in matrices.items():
+        _check(name, matrix, torch.bfloat16, shape)
 
 
 def _check(name: str, tensor: torch.Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
