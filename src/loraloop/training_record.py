@@ -91,3 +91,9 @@ class TrainingRecord(Frozen):
     training_time_secs: float
     peak_memory_mb: int
     gpu_memory_mb: int | None
+    engine: str = "dense"
+    """tree or dense, with what computed it."""
+    n_logical_tokens: int = 0
+    """Tokens of all samples of all steps."""
+    n_computed_tokens: int = 0
+    """Tokens computed for them; fewer where samples share."""

@@ -127,8 +127,10 @@ def test_config_is_hashable_and_survives_pickling() -> None:
 
 
 def test_options_become_arguments_of_our_own_process() -> None:
-    assert TrainOptions().to_argv() == ["--seed", "0", "--dtype", "auto"]
-    assert TrainOptions(seed=7, dtype="bfloat16", max_steps=20).to_argv() == ["--seed", "7", "--dtype", "bfloat16", "--max-steps", "20"]
+    assert TrainOptions().to_argv() == ["--seed", "0", "--dtype", "auto", "--engine", "tree"]
+    options = TrainOptions(seed=7, dtype="bfloat16", max_steps=20, engine="dense", max_memory=10, verify=True)
+    own = ["--seed", "7", "--dtype", "bfloat16", "--engine", "dense", "--max-steps", "20", "--max-memory", "10", "--verify"]
+    assert options.to_argv() == own
 
 
 @pytest.mark.parametrize(
@@ -141,6 +143,8 @@ def test_options_become_arguments_of_our_own_process() -> None:
         ("dtype", None, "auto, float32 or bfloat16"),
         ("max_steps", 0, "a whole number >= 1"),
         ("max_steps", math.inf, "a whole number >= 1"),
+        ("max_memory", 0, "a whole number >= 1"),
+        ("engine", "sparse", "tree or dense"),
         ("held_out_fraction", 1, "a finite number >= 0 and < 1"),
         ("held_out_fraction", -0.1, "a finite number >= 0 and < 1"),
         ("held_out_fraction", math.nan, "a finite number >= 0 and < 1"),

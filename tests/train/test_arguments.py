@@ -92,6 +92,9 @@ def test_every_setting_can_be_given(needed: list[str], tmp_path: Path) -> None:
         "--max-steps=1",
         "--warmup-ratio=0",
         "--max-grad-norm=0.5",
+        "--engine=dense",
+        "--max-memory=1",
+        "--verify",
     ]
     arguments = parse_arguments([*needed, *given, *own])
     default = parse_arguments(needed)

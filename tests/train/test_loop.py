@@ -13,7 +13,9 @@ import pytest
 
 from loraloop.chat.render import Row
 from loraloop.errors import LoraTrainerError
-from loraloop.train import loop
+from loraloop.train import dense, loop
+from loraloop.train.architecture import has_plain_head
+from loraloop.train.dense import DenseEngine
 from loraloop.train.loop import LoopSettings
 from loraloop.training_record import TrainingEvent
 
@@ -67,6 +69,10 @@ def gradient(model: Any, work: Callable[[], object]) -> Any:
     return torch.cat([parameter.grad.flatten() for parameter in model.parameters() if parameter.requires_grad])
 
 
+def run(model: Any, rows: list[Row], settings: LoopSettings, emit: Callable[[TrainingEvent], None]) -> list[tuple[int, float]]:
+    return loop.train(model, DenseEngine(model, settings.batch_size), rows, settings, emit).losses
+
+
 def relative(found: Any, expected: Any) -> float:
     return float((found - expected).norm() / expected.norm())
 
@@ -97,9 +103,9 @@ def test_gradient_does_not_depend_on_how_the_window_is_cut_and_is_that_of_separa
     truth = plain_gradient(model, rows)
     assert float(truth.norm()) > 1e-3
     for batch_size in (1, 2, 3, 4, 6, 100):
-        assert relative(gradient(model, lambda size=batch_size: loop._backward(model, rows, size)), truth) <= 1e-10
+        assert relative(gradient(model, lambda size=batch_size: DenseEngine(model, size).backward(rows)), truth) <= 1e-10
     shuffled = random.Random(0).sample(rows, len(rows))
-    assert relative(gradient(model, lambda: loop._backward(model, shuffled, 2)), truth) <= 1e-10
+    assert relative(gradient(model, lambda: DenseEngine(model, 2).backward(shuffled)), truth) <= 1e-10
 
 
 def test_gradient_would_tell_a_mean_of_means_from_the_mean(load: Loader) -> None:
@@ -116,36 +122,36 @@ def test_gradient_would_tell_a_mean_of_means_from_the_mean(load: Loader) -> None
 def test_gradient_does_not_depend_on_the_token_limit_of_a_micro_batch(load: Loader, monkeypatch: pytest.MonkeyPatch) -> None:
     model, rows = load(), make_rows()
     truth = plain_gradient(model, rows)
-    monkeypatch.setattr(loop, "MICRO_BATCH_TOKENS", 50)
-    assert relative(gradient(model, lambda: loop._backward(model, rows, 6)), truth) <= 1e-10
+    monkeypatch.setattr(dense, "MICRO_BATCH_TOKENS", 50)
+    assert relative(gradient(model, lambda: DenseEngine(model, 6).backward(rows)), truth) <= 1e-10
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_gradient_is_the_same_with_the_head_in_chunks(load: Loader, architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, rows = load(architecture), make_rows()
-    truth = gradient(model, lambda: loop._backward(model, rows, 6))
-    loss = loop._backward(model, rows, 6)
+    truth = gradient(model, lambda: DenseEngine(model, 6).backward(rows))
+    loss = DenseEngine(model, 6).backward(rows)
     for chunk in (1, 7, 16):
-        monkeypatch.setattr(loop, "HEAD_CHUNK", chunk)
-        assert relative(gradient(model, lambda: loop._backward(model, rows, 6)), truth) <= 1e-12
-        assert loop._backward(model, rows, 6) == pytest.approx(loss, rel=1e-12)
+        monkeypatch.setattr(dense, "HEAD_CHUNK", chunk)
+        assert relative(gradient(model, lambda: DenseEngine(model, 6).backward(rows)), truth) <= 1e-12
+        assert DenseEngine(model, 6).backward(rows) == pytest.approx(loss, rel=1e-12)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_gradient_is_the_same_with_activations_recomputed(load: Loader, architecture: str) -> None:
     model, rows = load(architecture), make_rows()
-    truth = gradient(model, lambda: loop._backward(model, rows, 3))
+    truth = gradient(model, lambda: DenseEngine(model, 3).backward(rows))
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    assert relative(gradient(model, lambda: loop._backward(model, rows, 3)), truth) <= 1e-12
+    assert relative(gradient(model, lambda: DenseEngine(model, 3).backward(rows)), truth) <= 1e-12
 
 
 def test_models_that_change_the_heads_output_go_through_their_own_forward(load: Loader) -> None:
     model, rows = load(), make_rows()
-    truth = gradient(model, lambda: loop._backward(model, rows, 3))
-    assert loop._has_plain_head(model.get_base_model().config)
+    truth = gradient(model, lambda: DenseEngine(model, 3).backward(rows))
+    assert has_plain_head(model.get_base_model().config)
     model.get_base_model().config.final_logit_softcapping = 30.0  # Llama's forward does not know it, so nothing else changes
-    assert not loop._has_plain_head(model.get_base_model().config)
-    assert relative(gradient(model, lambda: loop._backward(model, rows, 3)), truth) <= 1e-12
+    assert not has_plain_head(model.get_base_model().config)
+    assert relative(gradient(model, lambda: DenseEngine(model, 3).backward(rows)), truth) <= 1e-12
 
 
 # --- the loss ---------------------------------------------------------------------------------------------------------------
@@ -158,8 +164,8 @@ def test_padding_on_the_right_changes_no_row(load: Loader, architecture: str) ->
     model, (short, long) = load(architecture).eval(), make_rows((9, 40))
     silent = Row(ids=long.ids, weights=[0.0] * len(long.ids), text="")
     with torch.no_grad():
-        alone = float(loop._summed_loss(model, [short])[0])
-        padded = float(loop._summed_loss(model, [short, silent])[0])
+        alone = float(dense._summed_loss(model, [short])[0])
+        padded = float(dense._summed_loss(model, [short, silent])[0])
         assert padded == pytest.approx(alone, rel=1e-12)
         assert alone == pytest.approx(float(plain_loss(model, short)), rel=1e-12)
 
@@ -172,20 +178,20 @@ def test_loss_is_the_weighted_mean_over_supervised_tokens(load: Loader) -> None:
         summed = sum(float(plain_loss(model, row)) for row in rows)
     mean = summed / sum(sum(row.weights[1:]) for row in rows)
     for batch_size in (1, 4):
-        assert loop.mean_loss(model, rows, batch_size) == pytest.approx(mean, rel=1e-12)
+        assert loop.mean_loss(DenseEngine(model, batch_size), rows) == pytest.approx(mean, rel=1e-12)
     model.train()
-    assert loop._backward(model, rows, 2) == pytest.approx(mean, rel=1e-12)
+    assert DenseEngine(model, 2).backward(rows) == pytest.approx(mean, rel=1e-12)
 
 
 def test_weights_count_against_one_another_only(load: Loader) -> None:
     model, rows = load(), make_rows((20, 20))
     halves = [Row(ids=row.ids, weights=[weight * 0.3 for weight in row.weights], text="") for row in rows]
-    truth = gradient(model, lambda: loop._backward(model, rows, 2))
-    assert relative(gradient(model, lambda: loop._backward(model, halves, 2)), truth) <= 1e-10
+    truth = gradient(model, lambda: DenseEngine(model, 2).backward(rows))
+    assert relative(gradient(model, lambda: DenseEngine(model, 2).backward(halves)), truth) <= 1e-10
     # a power of two, as the models' own norms compute in float32, where a factor of 3 is rounded
     heavy = [Row(ids=rows[0].ids, weights=[weight * 4 for weight in rows[0].weights], text=""), rows[1]]
     four_times = plain_gradient(model, [*[rows[0]] * 4, rows[1]])
-    assert relative(gradient(model, lambda: loop._backward(model, heavy, 2)), four_times) <= 1e-10
+    assert relative(gradient(model, lambda: DenseEngine(model, 2).backward(heavy)), four_times) <= 1e-10
     assert relative(truth, four_times) > 0.1
 
 
@@ -195,21 +201,31 @@ def test_tokens_without_weight_give_no_gradient_as_targets(load: Loader) -> None
     changed = Row(ids=[*row.ids[:19], 7], weights=[0.0] * 18 + [1.0, 0.0], text="")
     kept = Row(ids=row.ids, weights=[0.0] * 18 + [1.0, 0.0], text="")
     assert (
-        relative(gradient(model, lambda: loop._backward(model, [changed], 1)), gradient(model, lambda: loop._backward(model, [kept], 1)))
+        relative(
+            gradient(model, lambda: DenseEngine(model, 1).backward([changed])),
+            gradient(model, lambda: DenseEngine(model, 1).backward([kept])),
+        )
         <= 1e-12
     )
     assert (
-        relative(gradient(model, lambda: loop._backward(model, [last], 1)), gradient(model, lambda: loop._backward(model, [kept], 1))) > 0.1
+        relative(
+            gradient(model, lambda: DenseEngine(model, 1).backward([last])), gradient(model, lambda: DenseEngine(model, 1).backward([kept]))
+        )
+        > 0.1
     )
 
 
 def test_measuring_uses_no_dropout_and_leaves_the_mode_as_it_was(load: Loader) -> None:
     rows = make_rows()
     model = load(dropout=0.5)
-    assert loop.mean_loss(model, rows, 2) == loop.mean_loss(model, rows, 2) == pytest.approx(loop.mean_loss(load(), rows, 2), rel=1e-12)
+    assert (
+        loop.mean_loss(DenseEngine(model, 2), rows)
+        == loop.mean_loss(DenseEngine(model, 2), rows)
+        == pytest.approx(loop.mean_loss(DenseEngine(load(), 2), rows), rel=1e-12)
+    )
     assert model.training
     model.eval()
-    loop.mean_loss(model, rows, 2)
+    loop.mean_loss(DenseEngine(model, 2), rows)
     assert not model.training
 
 
@@ -240,9 +256,9 @@ def test_first_weights_of_the_adapter_follow_from_the_seed(load: Loader) -> None
 
 def test_a_fresh_adapter_changes_nothing(load: Loader) -> None:
     model, rows = load(fresh=True).eval(), make_rows()
-    before = loop.mean_loss(model, rows, 2)
+    before = loop.mean_loss(DenseEngine(model, 2), rows)
     with model.disable_adapter():
-        assert loop.mean_loss(model, rows, 2) == before
+        assert loop.mean_loss(DenseEngine(model, 2), rows) == before
 
 
 # --- the loop ---------------------------------------------------------------------------------------------------------------
@@ -252,10 +268,10 @@ def test_training_lowers_the_loss_of_what_is_trained_and_leaves_the_base_alone(l
     model, rows = load(fresh=True), make_rows((20, 24))
     base = {name: parameter.detach().clone() for name, parameter in model.named_parameters() if not parameter.requires_grad}
     heard: list[TrainingEvent] = []
-    history = loop.train(model, rows, make_settings(epochs=15), heard.append)
+    history = run(model, rows, make_settings(epochs=15), heard.append)
     assert [step for step, _ in history] == list(range(1, 16))
     assert history[-1][1] < history[0][1] - 0.3
-    assert loop.mean_loss(model, rows, 2) < history[0][1] - 0.3
+    assert loop.mean_loss(DenseEngine(model, 2), rows) < history[0][1] - 0.3
     assert all(bool((parameter == base[name]).all()) for name, parameter in model.named_parameters() if name in base)
     assert [(event.event, event.step, event.steps, event.loss) for event in heard] == [("step", step, 15, loss) for step, loss in history]
     assert [event.epoch for event in heard] == list(range(15))
@@ -276,7 +292,7 @@ def test_every_update_has_the_rate_of_its_step_a_clipped_gradient_and_no_weight_
 
     hook = register_optimizer_step_pre_hook(look)
     try:
-        loop.train(load(), make_rows(), make_settings(epochs=4, max_grad_norm=0.001, warmup_ratio=0.25), lambda _: None)
+        run(load(), make_rows(), make_settings(epochs=4, max_grad_norm=0.001, warmup_ratio=0.25), lambda _: None)
     finally:
         hook.remove()
     assert [rate for rate, _, _ in seen] == [pytest.approx(0.01 * loop.schedule(step, 12, 0.25)) for step in range(12)]
@@ -290,7 +306,7 @@ def test_training_with_dropout_follows_from_the_seed(load: Loader) -> None:
     def history(seed: int, n_drawn: int) -> list[tuple[int, float]]:
         model = load(dropout=0.3)
         torch.rand(n_drawn)  # whoever drew before does not matter
-        return loop.train(model, make_rows(), make_settings(seed=seed), lambda _: None)
+        return run(model, make_rows(), make_settings(seed=seed), lambda _: None)
 
     assert history(3, 0) == history(3, 5)
     assert history(3, 0) != history(4, 0)
@@ -305,7 +321,7 @@ def test_loss_that_is_not_a_number_stops_at_its_step_and_names_the_episodes(load
         next(parameter for parameter in model.parameters() if parameter.requires_grad).fill_(math.nan)
     heard: list[TrainingEvent] = []
     with pytest.raises(LoraTrainerError, match=r"the loss of step 1 is nan, .*episode \d, episode \d\. Lower the learning rate"):
-        loop.train(model, rows, make_settings(), heard.append)
+        run(model, rows, make_settings(), heard.append)
     assert heard == []
 
 
@@ -315,7 +331,7 @@ def test_gradient_that_is_not_finite_stops_before_it_spoils_the_adapter(load: Lo
     first.register_hook(lambda grad: grad * math.inf)
     before = [parameter.detach().clone() for parameter in model.parameters() if parameter.requires_grad]
     with pytest.raises(LoraTrainerError, match=r"the norm of its gradient (nan|inf)"):
-        loop.train(model, rows, make_settings(), lambda _: None)
+        run(model, rows, make_settings(), lambda _: None)
     now = [parameter for parameter in model.parameters() if parameter.requires_grad]
     assert all(bool((one == two).all()) for one, two in zip(before, now, strict=True))
 
@@ -325,13 +341,13 @@ def test_gradient_that_is_not_finite_stops_before_it_spoils_the_adapter(load: Lo
 
 def test_every_epoch_sees_every_row_once_in_an_order_of_its_own() -> None:
     settings = make_settings(epochs=3, batch_size=2, gradient_accumulation=2)
-    windows = list(loop._windows(10, settings, loop.count_steps(10, settings)))
+    windows = list(loop.windows(10, settings, loop.count_steps(10, settings)))
     assert [len(window) for _, window in windows] == [4, 4, 2] * 3
     orders = [list(itertools.chain(*(window for number, window in windows if number == epoch))) for epoch in range(3)]
     assert all(sorted(order) == list(range(10)) for order in orders)
     assert len({tuple(order) for order in orders}) == 3
-    assert windows == list(loop._windows(10, settings, 9))
-    assert windows != list(loop._windows(10, make_settings(epochs=3, gradient_accumulation=2, seed=1), 9))
+    assert windows == list(loop.windows(10, settings, 9))
+    assert windows != list(loop.windows(10, make_settings(epochs=3, gradient_accumulation=2, seed=1), 9))
 
 
 @pytest.mark.parametrize(
@@ -348,7 +364,7 @@ def test_every_epoch_sees_every_row_once_in_an_order_of_its_own() -> None:
 def test_number_of_steps(n_rows: int, changes: dict[str, int], steps: int) -> None:
     settings = make_settings(**changes)
     assert loop.count_steps(n_rows, settings) == steps
-    assert len(list(loop._windows(n_rows, settings, steps))) == steps
+    assert len(list(loop.windows(n_rows, settings, steps))) == steps
 
 
 def test_rate_rises_to_its_peak_then_falls_on_a_cosine_and_never_reaches_zero() -> None:
@@ -364,10 +380,10 @@ def test_rate_rises_to_its_peak_then_falls_on_a_cosine_and_never_reaches_zero() 
 
 def test_micro_batches_hold_like_lengths_within_both_limits() -> None:
     rows = make_rows((*random.Random(0).choices(range(6, 3000), k=40), 9000))
-    batches = list(loop.micro_batches(rows, 3))
+    batches = list(dense.micro_batches(rows, 3))
     assert sorted(id(row) for batch in batches for row in batch) == sorted(id(row) for row in rows)
     for batch in batches:
         assert len(batch) <= 3
-        assert len(batch) == 1 or len(batch) * max(len(row.ids) for row in batch) <= loop.MICRO_BATCH_TOKENS
+        assert len(batch) == 1 or len(batch) * max(len(row.ids) for row in batch) <= dense.MICRO_BATCH_TOKENS
     lengths = [len(row.ids) for batch in batches for row in batch]
     assert lengths == sorted(lengths)

@@ -134,6 +134,11 @@ def train(
     max_steps: Annotated[int | None, typer.Option(help="End after this many optimizer steps.")] = None,
     seed: Annotated[int, typer.Option(help="Of adapter, order and dropout.")] = OPTIONS.seed,
     dtype: Annotated[str, typer.Option(help="Of the base weights: auto, float32 or bfloat16.")] = OPTIONS.dtype,
+    engine: Annotated[
+        str, typer.Option(help="tree computes tokens that samples share once; dense computes every sample.")
+    ] = OPTIONS.engine,
+    max_memory: Annotated[int | None, typer.Option(help="Bytes that the training process may take; 80 % of what is free without.")] = None,
+    verify: Annotated[bool, typer.Option("--verify", help="Compute the first step with both engines; stop when they differ.")] = False,
     train_script: Annotated[Path | None, typer.Option(help="A training script of your own that keeps the contract.")] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -152,7 +157,14 @@ def train(
         max_seq_length=max_seq_length,
         train_script=train_script,
     )
-    options = TrainOptions(seed=seed, dtype=dtype, max_steps=max_steps)  # type: ignore[arg-type]
+    options = TrainOptions(
+        seed=seed,
+        dtype=dtype,  # type: ignore[arg-type]
+        max_steps=max_steps,
+        engine=engine,  # type: ignore[arg-type]
+        max_memory=max_memory,
+        verify=verify,
+    )
     with Project(project, create=False) as opened, TrainingScreen() as screen:
         model = opened.train(config, dataset=dataset, options=options, on_event=screen.show)
     if as_json:

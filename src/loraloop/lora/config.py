@@ -79,6 +79,12 @@ class TrainOptions:
     """Of the base weights; auto is bfloat16 where the hardware computes in it."""
     max_steps: int | None = None
     """End after this many optimizer steps, at least 1."""
+    engine: Literal["tree", "dense"] = "tree"
+    """tree computes tokens that samples share once; dense computes every sample by itself, and is what tree is measured against."""
+    max_memory: int | None = None
+    """Bytes that the training process may take, at least 1; None is 80 % of what is free."""
+    verify: bool = False
+    """Compute the first step with both engines, and stop when they differ."""
     held_out_fraction: float = 0.2
     """Share of the tasks kept from training to measure on, 0 <= held_out_fraction < 1."""
     held_out_min_tasks: int = 5
@@ -88,15 +94,20 @@ class TrainOptions:
         _check_int("seed", self.seed, 0)
         if self.dtype not in ("auto", "float32", "bfloat16"):
             raise SettingsError(f"dtype={self.dtype!r}: expected auto, float32 or bfloat16")
-        if self.max_steps is not None:
-            _check_int("max_steps", self.max_steps, 1)
+        if self.engine not in ("tree", "dense"):
+            raise SettingsError(f"engine={self.engine!r}: expected tree or dense")
+        for name in ("max_steps", "max_memory"):
+            if getattr(self, name) is not None:
+                _check_int(name, getattr(self, name), 1)
         _check_float("held_out_fraction", self.held_out_fraction, ">= 0 and < 1", lambda value: 0 <= value < 1)
         _check_int("held_out_min_tasks", self.held_out_min_tasks, 1)
 
     def to_argv(self) -> list[str]:
         """The arguments that follow the contract's on the command line."""
-        argv = ["--seed", str(self.seed), "--dtype", self.dtype]
-        return [*argv, "--max-steps", str(self.max_steps)] if self.max_steps is not None else argv
+        argv = ["--seed", str(self.seed), "--dtype", self.dtype, "--engine", self.engine]
+        for option, value in (("--max-steps", self.max_steps), ("--max-memory", self.max_memory)):
+            argv += [option, str(value)] if value is not None else []
+        return [*argv, "--verify"] if self.verify else argv
 
 
 def _check_int(name: str, value: Any, low: int) -> None:

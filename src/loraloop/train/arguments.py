@@ -7,8 +7,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from loraloop.base_model import Dtype
+
+EngineName = Literal["tree", "dense"]
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,9 @@ class TrainArguments:
     warmup_ratio: float
     max_grad_norm: float
     held_out_tokens: int
+    engine: EngineName
+    max_memory: int | None
+    verify: bool
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> TrainArguments:
@@ -53,6 +59,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> TrainArguments:
         (arguments.max_steps is None or arguments.max_steps >= 1, f"--max-steps {arguments.max_steps}: expected at least 1"),
         (0 <= arguments.warmup_ratio < 1, f"--warmup-ratio {arguments.warmup_ratio:g}: expected 0 <= ratio < 1"),
         (arguments.max_grad_norm > 0, f"--max-grad-norm {arguments.max_grad_norm:g}: expected more than 0"),
+        (arguments.max_memory is None or arguments.max_memory >= 1, f"--max-memory {arguments.max_memory}: expected at least 1 byte"),
         (arguments.data.is_file(), f"--data {arguments.data}: no such file"),
         (arguments.held_out is None or arguments.held_out.is_file(), f"--held-out {arguments.held_out}: no such file"),
     ):
@@ -90,4 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     own.add_argument("--max-steps", type=int, help="end after this many optimizer steps")
     own.add_argument("--warmup-ratio", type=float, default=0.1, help="share of the steps in which the rate rises (0.1)")
     own.add_argument("--max-grad-norm", type=float, default=1.0, help="gradients are clipped to this norm (1)")
+    own.add_argument("--engine", choices=["tree", "dense"], default="tree", help="tree computes shared tokens once; dense is plain (tree)")
+    own.add_argument("--max-memory", type=int, help="bytes that the process may take (80 %% of what is free)")
+    own.add_argument("--verify", action="store_true", help="compute the first step with both engines, and stop when they differ")
     return parser

@@ -23,7 +23,8 @@ from loraloop.errors import EmptyData, LoraTrainerError
 from loraloop.files import file_sha256, new_directory, write_atomic, write_json
 from loraloop.train import loop
 from loraloop.train.arguments import TrainArguments
-from loraloop.train.data import RowSet, build_rows, read_samples
+from loraloop.train.choice import loop_settings, open_engine, verify
+from loraloop.train.data import build_rows, read_samples
 from loraloop.train.model_card import model_card
 from loraloop.training_data import TrainingData
 from loraloop.training_record import RECORD_FILE, RefusedSample, TrainingEvent, TrainingRecord
@@ -50,10 +51,12 @@ def run(arguments: TrainArguments, emit: Emit) -> TrainingRecord:
     emit(TrainingEvent(event="note", message=f"base {base.name} in {dtype} on {device}"))
     model = base_model.load_model(base, dtype).to(device)
     model = loop.new_adapter(model, arguments.rank, arguments.alpha, arguments.dropout, arguments.seed)
-    _use_checkpointing(model, rows, arguments.batch_size, emit)
-    before = _measure(model, measured, arguments, emit, "before")
-    history = loop.train(model, rows.rows, _loop_settings(arguments), emit)
-    after = _measure(model, measured, arguments, emit, "after")
+    engine = open_engine(model, rows.rows, arguments, emit)
+    before = _measure(engine, measured, emit, "before")
+    if arguments.verify:
+        verify(model, engine, rows.rows, arguments, emit)
+    history = loop.train(model, engine, rows.rows, loop_settings(arguments), emit)
+    after = _measure(engine, measured, emit, "after")
 
     record = TrainingRecord(
         base_model=base.name,
@@ -69,15 +72,18 @@ def run(arguments: TrainArguments, emit: Emit) -> TrainingRecord:
         data=rows.report,
         used_episode_ids=rows.used_episode_ids(),
         refused=[RefusedSample(episode_id=r.episode_id, reason=r.reason, detail=r.detail) for r in rows.refusals],
-        steps=len(history),
-        final_loss=_final_loss(history),
+        steps=len(history.losses),
+        final_loss=_final_loss(history.losses),
         held_out_loss_before=before,
         held_out_loss_after=after,
         held_out_rows=len(measured),
-        loss_history=history,
+        loss_history=history.losses,
         training_time_secs=round(time.monotonic() - started, 3),
         peak_memory_mb=loop.peak_memory_mb(),
         gpu_memory_mb=_gpu_memory_mb(device),
+        engine=engine.name,
+        n_logical_tokens=history.n_logical,
+        n_computed_tokens=history.n_computed,
     )
     _save(model, base, record, arguments.output)
     emit(TrainingEvent(event="saved", message=str(arguments.output)))
@@ -100,10 +106,10 @@ def _save(model: Any, base: base_model.BaseModel, record: TrainingRecord, output
             os.chmod(file, 0o644)  # PEFT makes the weights unreadable to others, so that a server under another user fails
 
 
-def _measure(model: Any, rows: list[Row], arguments: TrainArguments, emit: Emit, when: str) -> float | None:
+def _measure(engine: loop.Engine, rows: list[Row], emit: Emit, when: str) -> float | None:
     if not rows:
         return None
-    loss = loop.mean_loss(model, rows, arguments.batch_size)
+    loss = loop.mean_loss(engine, rows)
     if not math.isfinite(loss):
         raise LoraTrainerError(f"the held-out loss {when} training is {loss}; lower the learning rate, or look at the base model")
     emit(TrainingEvent(event="held_out", message=when, loss=loss))
@@ -131,46 +137,6 @@ def _first_tokens(rows: list[Row], limit: int) -> list[Row]:
         chosen.append(row)
         total += len(row.ids)
     return chosen
-
-
-def _use_checkpointing(model: Any, rows: RowSet, batch_size: int, emit: Emit) -> None:
-    """Recompute activations in the backward pass when keeping them would take more than half of the free memory."""
-    config = model.get_base_model().config
-    hidden, layers = config.hidden_size, config.num_hidden_layers
-    width = getattr(config, "intermediate_size", 4 * hidden) or 4 * hidden
-    n_bytes = layers * 4 * (18 * hidden + 5 * width)  # kept by PEFT's forward for one token, in float32 (docs/lab-book.md)
-    longest = max(len(row.ids) for row in rows.rows)
-    need = n_bytes * min(batch_size * longest, max(longest, loop.MICRO_BATCH_TOKENS))
-    free = _free_memory()
-    if free is not None and need > free // 2:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        emit(TrainingEvent(event="note", message=f"recomputing activations: keeping them would take {need >> 20} of {free >> 20} MB free"))
-
-
-def _free_memory() -> int | None:
-    """Bytes that can be had without swapping, or None where the system does not say."""
-    import torch
-
-    if torch.cuda.is_available():
-        return int(torch.cuda.mem_get_info()[0])
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
-
-
-def _loop_settings(arguments: TrainArguments) -> loop.LoopSettings:
-    return loop.LoopSettings(
-        epochs=arguments.epochs,
-        batch_size=arguments.batch_size,
-        gradient_accumulation=arguments.grad_accum,
-        learning_rate=arguments.lr,
-        warmup_ratio=arguments.warmup_ratio,
-        max_grad_norm=arguments.max_grad_norm,
-        max_steps=arguments.max_steps,
-        seed=arguments.seed,
-    )
 
 
 def _final_loss(history: list[tuple[int, float]]) -> float | None:

@@ -1,0 +1,166 @@
+"""Linear layers with LoRA that read the same input, computed as one matrix product: y = [x | u] [W | B]^T with u = s x A^T.
+
+The frozen weights W of the layers (q, k and v; gate and up; or one alone) and their B matrices lie in one buffer, and PEFT's modules
+keep names, configuration and files: their base weights become views of it, their A and B stay theirs and get the gradients. The
+input is saved once for all of them, in its own dtype; nothing of its size is made in float32. Not autograd: `backward` is called
+with what `forward` was, and adds to the gradients of A and B.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One LoRA adapter: PEFT's parameters and where they stand in the fused product."""
+
+    a: nn.Parameter  # (rank, inputs)
+    b: nn.Parameter  # (outputs, rank)
+    scaling: float
+    dropout: float
+    outputs: slice
+    ranks: slice
+
+
+class FusedLinear:
+    """Linear layers over one input. A module is PEFT's LoRA layer or, where none was asked for, a plain `nn.Linear`."""
+
+    def __init__(self, modules: Sequence[nn.Module], key: int) -> None:
+        bases = [_base(module) for module in modules]
+        self.n_inputs = bases[0].in_features
+        self.sizes = [base.out_features for base in bases]
+        self.adapters: list[Adapter] = []
+        self.key = key
+        """Tells this layer's dropout draws from those of others."""
+        n_outputs = n_ranks = 0
+        for module, base in zip(modules, bases, strict=True):
+            if base is not module:
+                self.adapters.append(_adapter(module, n_outputs, n_ranks))
+                n_ranks = self.adapters[-1].ranks.stop
+            n_outputs += base.out_features
+        weight = bases[0].weight
+        self.weight = torch.zeros(n_outputs, self.n_inputs + n_ranks, dtype=weight.dtype)  # (outputs, inputs + ranks)
+        self.a = torch.zeros(n_ranks, self.n_inputs, dtype=weight.dtype)  # (ranks, inputs), scaled
+        self.bias = _join_biases(bases, weight.dtype)
+        at = 0
+        for base in bases:
+            rows = self.weight[at : at + base.out_features, : self.n_inputs]
+            rows.copy_(base.weight.data)
+            base.weight.data = rows
+            at += base.out_features
+
+    def refresh(self) -> None:
+        """Take A and B over from PEFT's parameters; after every optimizer step."""
+        for adapter in self.adapters:
+            self.a[adapter.ranks] = adapter.a.detach() * adapter.scaling
+            columns = slice(self.n_inputs + adapter.ranks.start, self.n_inputs + adapter.ranks.stop)
+            self.weight[adapter.outputs, columns] = adapter.b.detach().to(self.weight.dtype)
+
+    def new_input(self, n_rows: int) -> torch.Tensor:
+        """(rows, inputs + ranks), to be filled with the input on the left before `forward`."""
+        return torch.empty(n_rows, self.weight.shape[1], dtype=self.weight.dtype)
+
+    def fill(self, x: torch.Tensor, seed: int | None) -> None:
+        """Compute u on the right of `x` from the input on its left. `seed` draws the dropout; None is without."""
+        left = x[:, : self.n_inputs]
+        if seed is None or not any(adapter.dropout for adapter in self.adapters):
+            if self.adapters:
+                torch.mm(left, self.a.t(), out=x[:, self.n_inputs :])
+            return
+        for adapter in self.adapters:
+            columns = slice(self.n_inputs + adapter.ranks.start, self.n_inputs + adapter.ranks.stop)
+            kept = left * self._mask(adapter, left, seed)
+            x[:, columns] = kept @ self.a[adapter.ranks].t()
+
+    def forward(self, x: torch.Tensor, rows: slice = slice(None), *, add_to: torch.Tensor | None = None) -> torch.Tensor:
+        """(rows, outputs) of a filled `x`; `rows` picks outputs, `add_to` is added to the product (a residual stream)."""
+        weight = self.weight[rows].t()
+        if add_to is not None:
+            y = torch.addmm(add_to, x, weight)
+            return y if self.bias is None else y.add_(self.bias[rows])
+        return torch.mm(x, weight) if self.bias is None else torch.addmm(self.bias[rows], x, weight)
+
+    def backward(self, d_y: torch.Tensor) -> torch.Tensor:
+        """(rows, inputs + ranks): the gradient of the product's left side; the input's own is not complete before `finish`."""
+        return torch.mm(d_y, self.weight)
+
+    def finish(self, d_y: torch.Tensor, d_x: torch.Tensor, x: torch.Tensor, seed: int | None) -> torch.Tensor:
+        """Add to the gradients of A and B, and give the whole gradient of the input, (rows, inputs), a view of `d_x`.
+
+        `d_x` is what `backward` gave for `d_y`, `x` the filled input of the forward pass.
+        """
+        self.add_b_gradients(d_y, x[:, self.n_inputs :])
+        self.add_input_gradient(d_x, seed)
+        self.add_a_gradients(d_x, x[:, : self.n_inputs], seed)
+        return d_x[:, : self.n_inputs]
+
+    def add_b_gradients(self, d_y: torch.Tensor, u: torch.Tensor) -> None:
+        """B's gradients, from the output's gradient and u."""
+        if not self.adapters:
+            return
+        products = torch.mm(u.t(), d_y)  # (ranks, outputs); only the diagonal blocks are of use
+        for adapter in self.adapters:
+            _gradient(adapter.b).add_(products[adapter.ranks, adapter.outputs].t())
+
+    def add_input_gradient(self, d_x: torch.Tensor, seed: int | None) -> None:
+        """Add what comes through A to the left of `d_x`."""
+        left, d_u = d_x[:, : self.n_inputs], d_x[:, self.n_inputs :]
+        if seed is None or not any(adapter.dropout for adapter in self.adapters):
+            if self.adapters:
+                left.addmm_(d_u, self.a)
+            return
+        for adapter in self.adapters:
+            left.add_(torch.mm(d_u[:, adapter.ranks], self.a[adapter.ranks]).mul_(self._mask(adapter, left, seed)))
+
+    def add_a_gradients(self, d_x: torch.Tensor, x: torch.Tensor, seed: int | None) -> None:
+        """A's gradients, from that of u on the right of `d_x` and the input."""
+        d_u = d_x[:, self.n_inputs :]
+        if seed is None or not any(adapter.dropout for adapter in self.adapters):
+            products = torch.mm(d_u.t(), x) if self.adapters else None  # (ranks, inputs)
+            for adapter in self.adapters:
+                assert products is not None  # noqa: S101  for the type checker
+                _gradient(adapter.a).add_(products[adapter.ranks], alpha=adapter.scaling)
+            return
+        for adapter in self.adapters:
+            kept = x * self._mask(adapter, x, seed)
+            _gradient(adapter.a).add_(torch.mm(d_u[:, adapter.ranks].t(), kept), alpha=adapter.scaling)
+
+    def _mask(self, adapter: Adapter, like: torch.Tensor, seed: int) -> torch.Tensor:
+        """Dropout's factors for one adapter, (rows, inputs): the same for the same seed, drawn anew in the backward pass."""
+        keep = 1.0 - adapter.dropout
+        generator = torch.Generator().manual_seed((seed * 1_000_003 + self.key * 64 + adapter.ranks.start) % 2**63)
+        return torch.empty(like.shape, dtype=torch.float32).bernoulli_(keep, generator=generator).div_(keep).to(like.dtype)
+
+
+def _base(module: nn.Module) -> nn.Linear:
+    base = getattr(module, "base_layer", module)
+    assert isinstance(base, nn.Linear)  # noqa: S101  architecture.py has looked
+    return base
+
+
+def _adapter(module: nn.Module, first_output: int, first_rank: int) -> Adapter:
+    """The active adapter of one of PEFT's LoRA layers."""
+    layer: object = module
+    name: str = layer.active_adapters[0]  # type: ignore[attr-defined]
+    a, b = layer.lora_A[name].weight, layer.lora_B[name].weight  # type: ignore[attr-defined]
+    dropout = float(getattr(layer.lora_dropout[name], "p", 0.0))  # type: ignore[attr-defined]
+    scaling = float(layer.scaling[name])  # type: ignore[attr-defined]
+    return Adapter(a, b, scaling, dropout, slice(first_output, first_output + b.shape[0]), slice(first_rank, first_rank + a.shape[0]))
+
+
+def _join_biases(bases: Sequence[nn.Linear], dtype: torch.dtype) -> torch.Tensor | None:
+    if all(base.bias is None for base in bases):
+        return None
+    return torch.cat([torch.zeros(base.out_features, dtype=dtype) if base.bias is None else base.bias.detach() for base in bases])
+
+
+def _gradient(parameter: nn.Parameter) -> torch.Tensor:
+    """The parameter's gradient, zero when it has none yet."""
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    return parameter.grad

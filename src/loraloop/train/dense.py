@@ -1,0 +1,122 @@
+"""The plain engine: samples padded into micro-batches, through the model's own forward and autograd. The reference for the tree engine.
+
+Rows are padded on the right: with causal models padding changes no row. The gradient of a window is that of sum(w * nll) / sum(w)
+over all of it, however it is cut into micro-batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from loraloop.chat.render import Row
+from loraloop.train.architecture import has_plain_head
+
+if TYPE_CHECKING:
+    import torch
+
+HEAD_CHUNK = 1024
+"""Supervised positions whose logits exist at one time: this many times the vocabulary, in float32."""
+MICRO_BATCH_TOKENS = 2048
+"""A micro-batch holds no more padded tokens than this, unless one row alone has more."""
+
+
+class DenseEngine:
+    """Computes every token of every sample. Works for any causal model and any adapter that PEFT can train."""
+
+    name = "dense"
+
+    def __init__(self, model: Any, batch_size: int) -> None:
+        self.model = model
+        self.batch_size = batch_size
+        self.n_computed = 0
+        """Tokens computed in the last call, padding not among them."""
+
+    def backward(self, rows: Sequence[Row], step: int = 0, *, training: bool = True) -> float:
+        """Add the gradient of sum(w * nll) / sum(w) over `rows`, and give that loss.
+
+        Dropout draws from torch's own generator; there is none when not `training`.
+        """
+        del step
+        weight = sum(sum(row.weights[1:]) for row in rows)
+        loss = 0.0
+        self.model.train(training)
+        for batch in micro_batches(rows, self.batch_size):
+            part = _summed_loss(self.model, batch)[0] / weight
+            part.backward()  # type: ignore[no-untyped-call]
+            loss += float(part.detach())
+        self.n_computed = sum(len(row.ids) for row in rows)
+        return loss
+
+    def measure(self, rows: Sequence[Row]) -> tuple[float, float]:
+        """(sum of w * nll, sum of w) over `rows`, without dropout and without gradients."""
+        import torch
+
+        was_training = self.model.training
+        self.model.eval()
+        total = weight = 0.0
+        with torch.no_grad():
+            for batch in micro_batches(rows, self.batch_size):
+                batch_loss, batch_weight = _summed_loss(self.model, batch)
+                total += float(batch_loss)
+                weight += batch_weight
+        self.model.train(was_training)
+        return total, weight
+
+
+def micro_batches(rows: Sequence[Row], batch_size: int) -> Iterator[list[Row]]:
+    """Rows of like length together, at most `batch_size` of them and MICRO_BATCH_TOKENS padded tokens."""
+    batch: list[Row] = []
+    for row in sorted(rows, key=lambda row: len(row.ids)):
+        if batch and (len(batch) == batch_size or (len(batch) + 1) * len(row.ids) > MICRO_BATCH_TOKENS):
+            yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch
+
+
+def _summed_loss(model: Any, batch: Sequence[Row]) -> tuple[torch.Tensor, float]:
+    """(sum of w * nll, sum of w) over the supervised tokens of a micro-batch."""
+    import torch
+
+    device = next(model.parameters()).device
+    length = max(len(row.ids) for row in batch)
+    ids = torch.zeros(len(batch), length, dtype=torch.long)  # (rows, tokens), padded with 0 on the right
+    weights = torch.zeros(len(batch), length, dtype=torch.float64)  # (rows, tokens)
+    for number, row in enumerate(batch):
+        ids[number, : len(row.ids)] = torch.tensor(row.ids)
+        weights[number, : len(row.weights)] = torch.tensor(row.weights, dtype=torch.float64)
+    ids, weights = ids.to(device), weights.to(device)
+    predicts = weights[:, 1:] > 0  # (rows, tokens - 1): positions whose next token is supervised
+    targets, factors = ids[:, 1:][predicts], weights[:, 1:][predicts]  # (supervised,)
+    nll = _negative_log_likelihood(model, ids, predicts, targets)
+    return (nll * factors.to(nll.dtype)).sum(), float(factors.sum())
+
+
+def _negative_log_likelihood(model: Any, ids: torch.Tensor, predicts: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """-log p of each target, in float32 at least; logits are made at the positions that need them only, a chunk at a time."""
+    import torch
+    from torch.nn.functional import cross_entropy
+    from torch.utils.checkpoint import checkpoint
+
+    def precise(logits: torch.Tensor) -> torch.Tensor:
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if not has_plain_head(causal.config):
+        logits = model(input_ids=ids, use_cache=False).logits[:, :-1][predicts]
+        return cross_entropy(precise(logits), targets, reduction="none")
+    head = causal.get_output_embeddings()
+    hidden = causal.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[:, :-1][predicts]  # (supervised, hidden)
+
+    def chunk_loss(rows: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+        return cross_entropy(precise(head(rows)), wanted, reduction="none")
+
+    if len(targets) <= HEAD_CHUNK:
+        return chunk_loss(hidden, targets)
+    parts = [
+        checkpoint(chunk_loss, hidden[start : start + HEAD_CHUNK], targets[start : start + HEAD_CHUNK], use_reentrant=False)
+        for start in range(0, len(targets), HEAD_CHUNK)
+    ]
+    return torch.cat(parts)

@@ -1,0 +1,154 @@
+"""The tree engine: loss and gradient of one optimizer step, every shared token computed once.
+
+The samples of a step become a tree, the tree a walk over blocks of rows. On the way in a block goes forward through all layers; on the
+way out, when all below it is done, backward. So the activations of one path are held at a time, whatever the number of samples, and
+the gradient is that of the samples computed one by one (tests/train/test_exactness.py). A tree that fits in one block is one packed
+forward and backward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from loraloop.chat.render import Row
+from loraloop.train.architecture import Architecture
+from loraloop.train.arithmetic import TorchArithmetic
+from loraloop.train.layers import Call, Keep, LayerSaved, Stack
+from loraloop.train.losses import Targets, head_loss
+from loraloop.train.tree import Block, TokenTree, build_tree, list_visits
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How trees are computed; see `memory.make_plan`."""
+
+    block_rows: int = 2048
+    """Rows of a block, at most."""
+    keep: Keep = Keep.PRODUCTS
+
+
+@dataclass(frozen=True)
+class _Entered:
+    """A block whose backward pass is still to come."""
+
+    call: Call
+    saved: list[LayerSaved]
+    d_x: torch.Tensor  # (rows, hidden) the gradient of the last layer's output
+
+
+@dataclass(frozen=True)
+class _Walk:
+    """One walk over a tree."""
+
+    tree: TokenTree
+    stacks: list[Stack]
+    factor: float | None
+    """Of the summed loss; None without gradients."""
+    draw: tuple[int, int] | None
+    """Draws the dropout; None is without."""
+    entered: list[_Entered] = field(default_factory=list)
+
+
+class TreeEngine:
+    """Computes steps for the adapter of one model, whose PEFT modules keep all weights and get the gradients."""
+
+    def __init__(self, architecture: Architecture, plan: Plan, arithmetic: TorchArithmetic, seed: int = 0) -> None:
+        self.architecture = architecture
+        self.plan = plan
+        self.arithmetic = arithmetic
+        self.seed = seed
+        self.name = "tree"
+        self.n_computed = 0
+        """Tokens computed in the last call."""
+
+    def backward(self, rows: Sequence[Row], step: int = 0, *, dropout: bool = True) -> float:
+        """Add the gradient of sum(w * nll) / sum(w) over `rows`, and give that loss. `step` draws the dropout."""
+        tree = build_tree(rows)
+        return self._walk(tree, 1.0 / float(tree.target_weights.sum()), (self.seed, step) if dropout else None)
+
+    def measure(self, rows: Sequence[Row]) -> tuple[float, float]:
+        """(sum of w * nll, sum of w) over `rows`, without dropout and without gradients."""
+        tree = build_tree(rows)
+        return self._walk(tree, None, None), float(tree.target_weights.sum())
+
+    @torch.no_grad()
+    def _walk(self, tree: TokenTree, factor: float | None, draw: tuple[int, int] | None) -> float:
+        """The summed loss times `factor`, with its gradient; without a factor the summed loss alone."""
+        for linear in self.architecture.linears:
+            linear.refresh()
+        visits = list_visits(tree, self.plan.block_rows)
+        room = max((visit.block.depth + visit.block.n_rows for visit in visits), default=0)
+        walk = _Walk(tree, [layer.mixer.new_stack(room) for layer in self.architecture.layers], factor, draw)
+        loss = 0.0
+        for visit in visits:
+            if visit.forward:
+                loss += self._enter(visit.block, walk)
+            elif factor is not None:
+                self._leave(walk)
+        self.n_computed = tree.n_rows
+        return loss * (factor if factor is not None else 1.0)
+
+    def _enter(self, block: Block, walk: _Walk) -> float:
+        """Forward through all layers, then the head's loss and gradient."""
+        tree = walk.tree
+        call = self._call(tree, block, walk.draw)
+        saved: list[LayerSaved] = []
+        x = torch.nn.functional.embedding(torch.from_numpy(tree.tokens[block.start : block.stop]), self.architecture.embed)
+        for layer, stack in zip(self.architecture.layers, walk.stacks, strict=True):
+            x, kept = layer.forward(x, call, stack, self.plan.keep)
+            if walk.factor is not None:
+                saved.append(kept)
+                for gradient in stack.gradients:
+                    gradient[call.here].zero_()
+        loss, d_x = self._head(x, Targets.of(tree, block), walk.factor)
+        if d_x is not None:
+            walk.entered.append(_Entered(call, saved, d_x))
+        return loss
+
+    def _head(self, x: torch.Tensor, targets: Targets, factor: float | None) -> tuple[float, torch.Tensor | None]:
+        """The loss of a block's targets, and the gradient of its last layer's output."""
+        d_x = torch.zeros_like(x) if factor is not None else None
+        if not len(targets.rows):
+            return 0.0, d_x
+        norm = self.architecture.final_norm
+        chosen = x[targets.rows]
+        normed = torch.empty_like(chosen)
+        scale = self.arithmetic.rms_norm(chosen, norm.weight, norm.eps, normed)
+        loss, d_normed = head_loss(normed, targets, self.architecture.head, factor, self.arithmetic)
+        if d_x is not None and d_normed is not None:
+            d_chosen = torch.zeros_like(chosen)
+            self.arithmetic.rms_norm_backward(d_normed, chosen, norm.weight, scale, d_chosen)
+            d_x[targets.rows] = d_chosen
+        return loss, d_x
+
+    def _leave(self, walk: _Walk) -> None:
+        """Backward through all layers; what is kept is let go of on the way."""
+        block = walk.entered.pop()
+        for layer, stack in zip(reversed(self.architecture.layers), reversed(walk.stacks), strict=True):
+            layer.backward(block.d_x, block.saved.pop(), block.call, stack)
+
+    def _call(self, tree: TokenTree, block: Block, draw: tuple[int, int] | None) -> Call:
+        positions = torch.from_numpy(tree.positions[block.start : block.stop])
+        precise = torch.promote_types(self.architecture.dtype, torch.float32)
+        cos, sin = self.architecture.rotary(torch.empty(0, dtype=precise), positions.unsqueeze(0))
+        half = cos.shape[-1] // 2
+        seed = None if draw is None else hash((*draw, block.start)) % 2**40
+        parents = torch.from_numpy(list_parents(block, self.architecture.conv_size - 1))
+        return Call(block, cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous(), parents, seed, self.arithmetic)
+
+
+def list_parents(block: Block, n_above: int) -> np.ndarray[tuple[int, int], np.dtype[np.int64]]:
+    """(n_above, rows): for each row the places in the stack of the row above it, the one above that, …; -1 before the beginning."""
+    parents = np.arange(block.depth - 1, block.depth + block.n_rows - 1)
+    for row in np.flatnonzero(block.ends[:-1] <= np.arange(1, block.n_rows)) + 1:  # a sibling's first row: its parent is further up
+        seen = np.flatnonzero(block.ends[:row] > row)
+        parents[row] = block.depth + seen[-1] if len(seen) else block.depth - 1
+    above = np.concatenate([np.arange(-1, block.depth - 1), parents])  # by place in the stack
+    places = [parents]
+    for _ in range(n_above - 1):
+        places.append(np.where(places[-1] >= 0, above[places[-1]], -1))
+    return np.stack(places[:n_above]) if n_above else np.empty((0, block.n_rows), np.int64)
