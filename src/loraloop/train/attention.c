@@ -345,7 +345,7 @@ INLINE void forward_group(int amx, const Call *c, const Mask *m, ForwardScratch 
     }
     for (int j = 0; j < 2; j++) {
       const __m512 alpha = soften(w.score + 256 * j, w.p + TILE * j, n, c->scale, &top[j], &sum[j]);
-      if (from && _mm512_cmpneq_ps_mask(alpha, _mm512_set1_ps(1.0f)))
+      if (from && _mm512_cmp_ps_mask(alpha, _mm512_set1_ps(1.0f), _CMP_NEQ_UQ))
         for (int d = 0; d < 2 * dk; d++)
           for (int r = 0; r < 16; r++) {
             float *row = w.out + (2 * d + j) * 256 + 16 * r;
