@@ -21,7 +21,7 @@ class Case:
     scale: float
 
 
-def make_case(n_rows: int, n_path: int, heads: tuple[int, int], dim: int, seed: int = 0, spread: float = 1.0) -> Case:
+def make_case(n_rows: int, n_path: int, heads: tuple[int, int], dim: int, *, seed: int = 0, spread: float = 1.0) -> Case:
     generator = torch.Generator().manual_seed(seed)
     n_heads, n_kv = heads
     n_keys = n_rows + n_path
@@ -75,7 +75,7 @@ def dense(case: Case, mask: torch.Tensor) -> dict[str, torch.Tensor]:
     scores = scores.masked_fill(~mask, -math.inf)
     out = torch.einsum("hts,shd->thd", scores.softmax(-1), v.repeat_interleave(shared, 1))
     out.backward(case.d_out.double())
-    return dict(out=out.detach(), lse=scores.logsumexp(-1).detach(), d_q=q.grad, d_k=k.grad, d_v=v.grad)
+    return {"out": out.detach(), "lse": scores.logsumexp(-1).detach(), "d_q": q.grad, "d_k": k.grad, "d_v": v.grad}
 
 
 def flash(case: Case, mask: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -87,7 +87,7 @@ def flash(case: Case, mask: torch.Tensor) -> dict[str, torch.Tensor]:
         out = torch.nn.functional.scaled_dot_product_attention(*as_batch, attn_mask=bias, scale=case.scale, enable_gqa=True)
     out = out[0].transpose(0, 1)
     out.backward(case.d_out)
-    return dict(out=out.detach(), d_q=q.grad, d_k=k.grad, d_v=v.grad)
+    return {"out": out.detach(), "d_q": q.grad, "d_k": k.grad, "d_v": v.grad}
 
 
 def relative_error(got: torch.Tensor, true: torch.Tensor) -> float:

@@ -43,7 +43,7 @@ def run(kernels: Kernels, case: Case, end: torch.Tensor | None = None) -> dict[s
     d_q = kernels.attention_backward(
         case.d_out, q=case.q, k=case.k, v=case.v, out=out, lse=lse, end=end, scale=case.scale, d_k=d_k, d_v=d_v
     )
-    return dict(out=out, lse=lse, d_q=d_q, d_k=d_k, d_v=d_v)
+    return {"out": out, "lse": lse, "d_q": d_q, "d_k": d_k, "d_v": d_v}
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -118,7 +118,7 @@ def test_outputs_may_be_slices_and_nothing_else_is_touched(kernels: Kernels) -> 
     kernels.attention_backward(
         case.d_out, q=case.q, k=case.k, v=case.v, out=out, lse=lse, end=case.end, scale=case.scale, d_k=d_k, d_v=d_v, d_q=d_q
     )
-    for name, tensor in dict(out=out, d_q=d_q, d_k=d_k, d_v=d_v).items():
+    for name, tensor in {"out": out, "d_q": d_q, "d_k": d_k, "d_v": d_v}.items():
         assert torch.equal(tensor, plain[name]), name
     for whole, margin in ((wide, 16), (wide_q, 16), (wide_k, 8), (wide_v, 8)):
         assert (whole[:, :margin] == 7).all()
@@ -158,18 +158,21 @@ def test_no_rows_give_nothing_and_touch_nothing(kernels: Kernels) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(end=torch.zeros(8, dtype=torch.int64)), "end must be"),
-        (dict(k=torch.zeros(4, 1, 64).bfloat16(), v=torch.zeros(4, 1, 64).bfloat16()), "4 keys for 8 rows"),
-        (dict(q=torch.zeros(8, 3, 64)), "q must be"),
-        (dict(q=torch.zeros(3, 8, 64).bfloat16().transpose(0, 1)), "contiguous"),
-        (dict(k=torch.zeros(9, 2, 64).bfloat16(), v=torch.zeros(9, 2, 64).bfloat16()), "3 query heads cannot share 2"),
-        (dict(q=torch.zeros(8, 3, 40).bfloat16(), k=torch.zeros(9, 1, 40).bfloat16(), v=torch.zeros(9, 1, 40).bfloat16()), "heads of 40"),
-        (dict(scale=-1.0), "scale must be positive"),
+        ({"end": torch.zeros(8, dtype=torch.int64)}, "end must be"),
+        ({"k": torch.zeros(4, 1, 64).bfloat16(), "v": torch.zeros(4, 1, 64).bfloat16()}, "4 keys for 8 rows"),
+        ({"q": torch.zeros(8, 3, 64)}, "q must be"),
+        ({"q": torch.zeros(3, 8, 64).bfloat16().transpose(0, 1)}, "contiguous"),
+        ({"k": torch.zeros(9, 2, 64).bfloat16(), "v": torch.zeros(9, 2, 64).bfloat16()}, "3 query heads cannot share 2"),
+        (
+            {"q": torch.zeros(8, 3, 40).bfloat16(), "k": torch.zeros(9, 1, 40).bfloat16(), "v": torch.zeros(9, 1, 40).bfloat16()},
+            "heads of 40",
+        ),
+        ({"scale": -1.0}, "scale must be positive"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_what_does_not_fit_is_refused(kernels: Kernels, change: dict, message: str) -> None:
     case = make_case(8, 1, (3, 1), 64)
-    arguments = dict(q=case.q, k=case.k, v=case.v, end=case.end, scale=case.scale) | change
+    arguments = {"q": case.q, "k": case.k, "v": case.v, "end": case.end, "scale": case.scale} | change
     with pytest.raises(ValueError, match=message):
         kernels.attention_forward(**arguments)

@@ -19,7 +19,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-enum { TILE = 512, GROUP = 32, CHUNK = 8, BLOCK = 4, MAX_DIM = 256 };
+enum { TILE = 512, GROUP = 32, CHUNK = 8, KEYS = 8, QUERIES = 4, MAX_DIM = 256 };
 
 typedef struct {
   int64_t n_queries, n_keys, n_heads, n_kv_heads, dim;        /* T, S, Hq, Hkv, D */
@@ -345,7 +345,7 @@ INLINE void forward_group(int amx, const Call *c, const Mask *m, ForwardScratch 
     }
     for (int j = 0; j < 2; j++) {
       const __m512 alpha = soften(w.score + 256 * j, w.p + TILE * j, n, c->scale, &top[j], &sum[j]);
-      if (from && _mm512_cmpneq_ps_mask(alpha, _mm512_set1_ps(1.0f)))
+      if (from && _mm512_cmp_ps_mask(alpha, _mm512_set1_ps(1.0f), _CMP_NEQ_UQ))
         for (int d = 0; d < 2 * dk; d++)
           for (int r = 0; r < 16; r++) {
             float *row = w.out + (2 * d + j) * 256 + 16 * r;
@@ -432,13 +432,14 @@ typedef struct {
   float *lse, *delta;            /* (heads, padded queries): log-sum-exp in powers of two; sum of d_out * out, scaled */
   float *dq;                     /* d_q^T: [head][query group][dim / 16][2 query tiles] */
   int32_t *turn;                 /* [head][query block]: how many blocks of keys have added to d_q */
+  int block;                     /* groups in a block of keys, at most KEYS */
   const int32_t *rank;           /* [key block][query block]: whose turn a block of keys waits for; -1 where nothing is seen */
 } Packed;
 
 typedef struct {
   float *score, *d_p;            /* 2 x 2 tiles */
-  bf16 *p, *ds, *dst;            /* p^T and dS^T as A: [2 BLOCK key tiles][BLOCK query groups]; dS^T as B: [BLOCK][BLOCK][2] */
-  float *dk, *dv;                /* [2 BLOCK key tiles][dim / 16] */
+  bf16 *p, *ds, *dst;            /* p^T and dS^T as A: [2 KEYS key tiles][QUERIES query groups]; dS^T as B: [KEYS][QUERIES][2] */
+  float *dk, *dv;                /* [2 KEYS key tiles][dim / 16] */
 } BackwardScratch;
 
 /* One group of keys against one of queries: from scores and d_p to p and dS. The columns of dS^T as B come in the order of
@@ -463,9 +464,9 @@ INLINE void soften_backward(const Mask *m, BackwardScratch w, const float *lse, 
         }
         const __m512 ds0 = _mm512_mul_ps(p0, _mm512_fmsub_ps(_mm512_load_ps(w.d_p + at), by, delta0));
         const __m512 ds1 = _mm512_mul_ps(p1, _mm512_fmsub_ps(_mm512_load_ps(w.d_p + at + 256), by, delta1));
-        _mm512_store_si512((void *)(p + t * BLOCK * TILE + 32 * (r + o)), two_rows(p0, p1));
+        _mm512_store_si512((void *)(p + t * QUERIES * TILE + 32 * (r + o)), two_rows(p0, p1));
         rows[o] = two_rows(ds0, ds1);
-        _mm512_store_si512((void *)(ds + t * BLOCK * TILE + 32 * (r + o)), rows[o]);
+        _mm512_store_si512((void *)(ds + t * QUERIES * TILE + 32 * (r + o)), rows[o]);
       }
       _mm512_store_si512((void *)(dst + 256 * t + 16 * r), _mm512_unpacklo_epi16(rows[0], rows[1]));
       _mm512_store_si512((void *)(dst + TILE + 256 * t + 16 * r), _mm512_unpackhi_epi16(rows[0], rows[1]));
@@ -487,11 +488,11 @@ static void wait_turn(int32_t *turn, int32_t rank) {
 INLINE void backward_pair(int amx, const Call *c, const Mask *m, const Packed *x, BackwardScratch w, int kv_head, int head, int key_block,
                           int query_block) {
   const int dk = (c->dim + 31) / 32, dt = 2 * dk;
-  const int kg0 = key_block * BLOCK, kgs = smaller(BLOCK, m->n_key_groups - kg0);
-  const int qg0 = query_block * BLOCK, qgs = smaller(BLOCK, m->n_query_groups - qg0);
+  const int kg0 = key_block * x->block, kgs = smaller(x->block, m->n_key_groups - kg0);
+  const int qg0 = query_block * QUERIES, qgs = smaller(QUERIES, m->n_query_groups - qg0);
   const int64_t one = (int64_t)dt * TILE, key_at = (int64_t)(kv_head * m->n_key_groups + kg0) * one;
   const int64_t query_at = ((int64_t)head * m->n_query_groups + qg0) * one;
-  int by_key[BLOCK][BLOCK], n_by_key[BLOCK] = {0}, by_query[BLOCK][BLOCK], n_by_query[BLOCK] = {0};
+  int by_key[KEYS][QUERIES], n_by_key[KEYS] = {0}, by_query[QUERIES][KEYS], n_by_query[QUERIES] = {0};
   for (int qg = 0; qg < qgs; qg++)
     for (int kg = 0; kg < kgs; kg++) {
       const int q0 = 32 * (qg0 + qg), q1 = smaller(q0 + 32, c->n_queries);
@@ -504,7 +505,7 @@ INLINE void backward_pair(int amx, const Call *c, const Mask *m, const Packed *x
       multiply(amx, w.d_p, 512, 256, OPERAND(x->va + key_at + kg * one, dk * TILE, TILE, IDENTITY),
                OPERAND(x->ot + query_at + qg * one, dk * TILE, TILE, IDENTITY), dk, 0);
       const float *lse = x->lse + ((int64_t)head * m->n_query_groups * 32 + q0), *delta = x->delta + (lse - x->lse);
-      bf16 *p = w.p + (2 * kg * BLOCK + qg) * TILE, *ds = w.ds + (p - w.p), *dst = w.dst + (kg * BLOCK + qg) * 2 * TILE;
+      bf16 *p = w.p + (2 * kg * QUERIES + qg) * TILE, *ds = w.ds + (p - w.p), *dst = w.dst + (kg * QUERIES + qg) * 2 * TILE;
       if (sees_all(span, q0, q1))
         soften_backward(m, w, lse, delta, c->scale, 0, 32 * (kg0 + kg), q0, p, ds, dst);
       else
@@ -513,25 +514,25 @@ INLINE void backward_pair(int amx, const Call *c, const Mask *m, const Packed *x
   for (int kg = 0; kg < kgs; kg++)
     for (int d = 0; d < dt && n_by_key[kg]; d += 2) {
       float *dv = w.dv + (2 * kg * dt + d) * 256, *d_k = w.dk + (dv - w.dv);
-      multiply(amx, dv, dt * 256, 256, OPERAND(w.p + 2 * kg * BLOCK * TILE, BLOCK * TILE, TILE, by_key[kg]),
+      multiply(amx, dv, dt * 256, 256, OPERAND(w.p + 2 * kg * QUERIES * TILE, QUERIES * TILE, TILE, by_key[kg]),
                OPERAND(x->ob + query_at + d * TILE, TILE, one, by_key[kg]), n_by_key[kg], 1);
-      multiply(amx, d_k, dt * 256, 256, OPERAND(w.ds + 2 * kg * BLOCK * TILE, BLOCK * TILE, TILE, by_key[kg]),
+      multiply(amx, d_k, dt * 256, 256, OPERAND(w.ds + 2 * kg * QUERIES * TILE, QUERIES * TILE, TILE, by_key[kg]),
                OPERAND(x->qb + query_at + d * TILE, TILE, one, by_key[kg]), n_by_key[kg], 1);
     }
-  const int n_query_blocks = (m->n_query_groups + BLOCK - 1) / BLOCK;
+  const int n_query_blocks = (m->n_query_groups + QUERIES - 1) / QUERIES;
   int32_t *turn = x->turn + head * n_query_blocks + query_block;
   const int32_t rank = x->rank[key_block * n_query_blocks + query_block];
   wait_turn(turn, rank);
   for (int qg = 0; qg < qgs; qg++)
     for (int d = 0; d < dt && n_by_query[qg]; d += 2)
       multiply(amx, x->dq + (query_at + qg * one) + 2 * d * 256, 512, 256, OPERAND(x->kt + key_at + d * TILE, TILE, one, by_query[qg]),
-               OPERAND(w.dst + 2 * qg * TILE, TILE, 2 * BLOCK * TILE, by_query[qg]), n_by_query[qg], 1);
+               OPERAND(w.dst + 2 * qg * TILE, TILE, 2 * QUERIES * TILE, by_query[qg]), n_by_query[qg], 1);
   __atomic_store_n(turn, rank + 1, __ATOMIC_RELEASE);
 }
 
 static size_t backward_bytes(const Call *c) {
   const size_t dt = 2 * ((c->dim + 31) / 32);
-  const size_t bytes = 2 * 4 * 256 * sizeof(float) + 3 * 2 * BLOCK * BLOCK * TILE * sizeof(bf16) + 2 * 2 * BLOCK * dt * 256 * sizeof(float);
+  const size_t bytes = 2 * 4 * 256 * sizeof(float) + 3 * 2 * KEYS * QUERIES * TILE * sizeof(bf16) + 2 * 2 * KEYS * dt * 256 * sizeof(float);
   return (bytes + 1024) & ~(size_t)63;
 }
 
@@ -558,13 +559,13 @@ static void prepare_queries(const Call *c, const Packed *x, int n_groups, int he
 INLINE void backward_block(int amx, const Call *c, const Mask *m, const Packed *x, BackwardScratch w, int kv_head, int block, float *d_k,
                            float *d_v) {
   const int dt = 2 * ((c->dim + 31) / 32), grouped = c->n_heads / c->n_kv_heads;
-  const int n_query_blocks = (m->n_query_groups + BLOCK - 1) / BLOCK;
-  memset(w.dk, 0, 2 * BLOCK * dt * 256 * sizeof(float));
-  memset(w.dv, 0, 2 * BLOCK * dt * 256 * sizeof(float));
+  const int n_query_blocks = (m->n_query_groups + QUERIES - 1) / QUERIES;
+  memset(w.dk, 0, 2 * x->block * dt * 256 * sizeof(float));
+  memset(w.dv, 0, 2 * x->block * dt * 256 * sizeof(float));
   for (int head = kv_head * grouped; head < (kv_head + 1) * grouped; head++)
     for (int query_block = 0; query_block < n_query_blocks; query_block++)
       if (x->rank[block * n_query_blocks + query_block] >= 0) backward_pair(amx, c, m, x, w, kv_head, head, block, query_block);
-  const int j0 = 32 * BLOCK * block, n = smaller(32 * BLOCK, c->n_keys - j0);
+  const int j0 = 32 * x->block * block, n = smaller(32 * x->block, c->n_keys - j0);
   for (int j = 0; j < n; j++)
     for (int d = 0; d < c->dim / 16; d++) {
       const int64_t tile = (j / 16 * dt + d) * 256 + 16 * (j % 16);
@@ -599,7 +600,7 @@ typedef struct {
 
 INLINE void backward(int amx, const Call *c, const Mask *m, const Packed *x, const BackwardTensors *t, char *scratch) {
   const int n_kv = c->n_kv_heads, n_heads = c->n_heads, dt = 2 * ((c->dim + 31) / 32);
-  const int n_blocks = (m->n_key_groups + BLOCK - 1) / BLOCK;
+  const int n_blocks = (m->n_key_groups + x->block - 1) / x->block;
   const size_t each = backward_bytes(c);
 #pragma omp parallel num_threads((int)c->n_threads)
   {
@@ -620,11 +621,11 @@ INLINE void backward(int amx, const Call *c, const Mask *m, const Packed *x, con
     BackwardScratch w;
     w.score = take(&at, 4 * 256 * sizeof(float));
     w.d_p = take(&at, 4 * 256 * sizeof(float));
-    w.p = take(&at, 2 * BLOCK * BLOCK * TILE * sizeof(bf16));
-    w.ds = take(&at, 2 * BLOCK * BLOCK * TILE * sizeof(bf16));
-    w.dst = take(&at, 2 * BLOCK * BLOCK * TILE * sizeof(bf16));
-    w.dk = take(&at, 2 * BLOCK * dt * 256 * sizeof(float));
-    w.dv = take(&at, 2 * BLOCK * dt * 256 * sizeof(float));
+    w.p = take(&at, 2 * KEYS * QUERIES * TILE * sizeof(bf16));
+    w.ds = take(&at, 2 * KEYS * QUERIES * TILE * sizeof(bf16));
+    w.dst = take(&at, 2 * KEYS * QUERIES * TILE * sizeof(bf16));
+    w.dk = take(&at, 2 * KEYS * dt * 256 * sizeof(float));
+    w.dv = take(&at, 2 * KEYS * dt * 256 * sizeof(float));
     /* Tasks start in this order, so that whoever waits for its turn waits for one that has started. */
 #pragma omp for schedule(monotonic : dynamic, 1)
     for (int task = 0; task < n_blocks * n_kv; task++) backward_block(amx, c, m, x, w, task % n_kv, task / n_kv, t->d_k, t->d_v);
@@ -636,24 +637,34 @@ INLINE void backward(int amx, const Call *c, const Mask *m, const Packed *x, con
 }
 
 /* Which blocks of keys meet which blocks of queries, and the order in which they add to the queries' gradient. */
-static void rank_blocks(const Call *c, const Mask *m, int32_t *rank) {
-  const int n_keys = (m->n_key_groups + BLOCK - 1) / BLOCK, n_queries = (m->n_query_groups + BLOCK - 1) / BLOCK;
+static void rank_blocks(const Call *c, const Mask *m, int block, int32_t *rank) {
+  const int n_keys = (m->n_key_groups + block - 1) / block, n_queries = (m->n_query_groups + QUERIES - 1) / QUERIES;
   for (int qb = 0; qb < n_queries; qb++) {
     int next = 0;
-    const int q0 = 32 * BLOCK * qb, q1 = smaller(q0 + 32 * BLOCK, c->n_queries);
+    const int q0 = 32 * QUERIES * qb, q1 = smaller(q0 + 32 * QUERIES, c->n_queries);
     for (int kb = 0; kb < n_keys; kb++) {
       int any = 0;
-      for (int g = kb * BLOCK; g < smaller((kb + 1) * BLOCK, m->n_key_groups); g++) any |= sees_any(m->spans[g], q0, q1);
+      for (int g = kb * block; g < smaller((kb + 1) * block, m->n_key_groups); g++) any |= sees_any(m->spans[g], q0, q1);
       rank[kb * n_queries + qb] = any ? next++ : -1;
     }
   }
+}
+
+/* How many groups of keys make a task: large ones read the queries less often, small ones give every thread something to do. The
+   choice changes no result, because sums over keys and over queries run in the same order. */
+static int key_block(const Call *c) {
+  const int64_t groups = (c->n_keys + 31) / 32;
+  int block = KEYS;
+  while (block > 2 && (groups + block - 1) / block * c->n_kv_heads < 3 * c->n_threads) block /= 2;
+  return block;
 }
 
 /* d_q is written; d_k and d_v (float32) are added to. Returns 0, or 1 when there is no memory. */
 int attention_backward(const Call *c, const bf16 *d_out, const bf16 *q, const bf16 *k, const bf16 *v, const bf16 *out, const float *lse,
                        const int32_t *end, bf16 *d_q, float *d_k, float *d_v) {
   const size_t key_groups = (c->n_keys + 31) / 32, query_groups = (c->n_queries + 31) / 32, one = 2 * ((c->dim + 31) / 32) * TILE;
-  const size_t key_blocks = (key_groups + BLOCK - 1) / BLOCK, query_blocks = (query_groups + BLOCK - 1) / BLOCK;
+  const size_t block = key_block(c);
+  const size_t key_blocks = (key_groups + block - 1) / block, query_blocks = (query_groups + QUERIES - 1) / QUERIES;
   const size_t keys = c->n_kv_heads * key_groups * one * sizeof(bf16), queries = c->n_heads * query_groups * one * sizeof(bf16);
   const size_t rows = c->n_heads * query_groups * 32 * sizeof(float), turns = c->n_heads * query_blocks * sizeof(int32_t);
   const size_t ranks = key_blocks * query_blocks * sizeof(int32_t);
@@ -669,8 +680,9 @@ int attention_backward(const Call *c, const bf16 *d_out, const bf16 *q, const bf
   x.lse = take(&at, rows), x.delta = take(&at, rows);
   x.turn = take(&at, turns);
   x.rank = rank;
+  x.block = block;
   memset(x.turn, 0, turns);
-  rank_blocks(c, &m, rank);
+  rank_blocks(c, &m, block, rank);
   const BackwardTensors t = {d_out, q, k, v, out, lse, d_k, d_v, d_q};
   if (c->amx)
     backward(1, c, &m, &x, &t, at);

@@ -29,6 +29,7 @@ _SOURCES = ("attention.c", "rows.c")
 _HEADERS = ("kernels.h",)
 _FLAGS = (
     *("-std=gnu11", "-O3", "-fopenmp", "-shared", "-fPIC", "-fno-math-errno", "-ffp-contract=fast"),
+    "-Werror=implicit-function-declaration",  # an intrinsic that the compiler lacks would else be missed when it is loaded
     *("-march=x86-64-v4", "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
 )
 _NEEDED = {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16"}

@@ -22,7 +22,7 @@ INLINE void store_bf16(bf16 *p, __m512 x) { _mm256_storeu_si256((__m256i *)p, (_
 
 INLINE void store_bf16_mask(bf16 *p, __mmask16 m, __m512 x) { _mm256_mask_storeu_epi16(p, m, (__m256i)_mm512_cvtneps_pbh(x)); }
 
-/* 2^x for every x <= 127, minus infinity included (0). The fraction of x goes through a polynomial of degree 5 (relative error
+/* 2^x for every x: 0 and infinity beyond the range. The fraction of x goes through a polynomial of degree 5 (relative error
    8.2e-8 besides rounding, minimax over [0, 1), exact at 0); scalef multiplies by 2^floor(x). */
 INLINE __m512 exp2_ps(__m512 x) {
   const __m512 r = _mm512_reduce_ps(x, 0x09); /* x - floor(x) */

@@ -62,9 +62,7 @@ int rms_norm_backward(int64_t n_threads, int64_t n_rows, int64_t n, const bf16 *
 /* 1 / (1 + e^-x). */
 INLINE __m512 sigmoid(__m512 x) {
   const __m512 one = _mm512_set1_ps(1.0f);
-  /* at x < -87 the exponential would overflow to infinity and 1/inf be a right 0, but -x log2(e) > 127 is outside exp2_ps */
-  const __m512 power = _mm512_min_ps(_mm512_mul_ps(x, _mm512_set1_ps(-1.44269504088896341f)), _mm512_set1_ps(126.0f));
-  return _mm512_div_ps(one, _mm512_add_ps(one, exp2_ps(power)));
+  return _mm512_div_ps(one, _mm512_add_ps(one, exp2_ps(_mm512_mul_ps(x, _mm512_set1_ps(-1.44269504088896341f)))));
 }
 
 /* out = gate * sigmoid(gate) * up. */
@@ -137,7 +135,7 @@ INLINE float softmax_row(int wide, void *row, int64_t n, float coef) {
       v[j] = _mm512_mask_mov_ps(_mm512_set1_ps(-INFINITY), m, _mm512_mul_ps(logits_at(wide, m, row, at), log2e));
       best = _mm512_max_ps(best, v[j]);
     }
-    if (_mm512_cmpgt_ps_mask(best, top)) {
+    if (_mm512_cmp_ps_mask(best, top, _CMP_GT_OQ)) {
       sum = _mm512_mul_ps(sum, exp2_ps(_mm512_sub_ps(top, best)));
       top = best;
     }
