@@ -47,6 +47,8 @@ class FusedLinear:
         self.weight = torch.zeros(n_outputs, self.n_inputs + n_ranks, dtype=weight.dtype)  # (outputs, inputs + ranks)
         self.a = torch.zeros(n_ranks, self.n_inputs, dtype=weight.dtype)  # (ranks, inputs), scaled
         self.bias = _join_biases(bases, weight.dtype)
+        self.width = self.weight.shape[1]
+        """Columns of a filled input."""
         at = 0
         for base in bases:
             rows = self.weight[at : at + base.out_features, : self.n_inputs]
@@ -61,10 +63,6 @@ class FusedLinear:
             columns = slice(self.n_inputs + adapter.ranks.start, self.n_inputs + adapter.ranks.stop)
             self.weight[adapter.outputs, columns] = adapter.b.detach().to(self.weight.dtype)
 
-    def new_input(self, n_rows: int) -> torch.Tensor:
-        """(rows, inputs + ranks), to be filled with the input on the left before `forward`."""
-        return torch.empty(n_rows, self.weight.shape[1], dtype=self.weight.dtype)
-
     def fill(self, x: torch.Tensor, seed: int | None) -> None:
         """Compute u on the right of `x` from the input on its left. `seed` draws the dropout; None is without."""
         left = x[:, : self.n_inputs]
@@ -77,17 +75,17 @@ class FusedLinear:
             kept = left * self._mask(adapter, left, seed)
             x[:, columns] = kept @ self.a[adapter.ranks].t()
 
-    def forward(self, x: torch.Tensor, rows: slice = slice(None), *, add_to: torch.Tensor | None = None) -> torch.Tensor:
-        """(rows, outputs) of a filled `x`; `rows` picks outputs, `add_to` is added to the product (a residual stream)."""
+    def forward(self, x: torch.Tensor, out: torch.Tensor, rows: slice = slice(None), *, add_to: torch.Tensor | None = None) -> torch.Tensor:
+        """`out` := (rows, outputs) of a filled `x`; `rows` picks outputs, `add_to` is added to the product (a residual stream)."""
         weight = self.weight[rows].t()
-        if add_to is not None:
-            y = torch.addmm(add_to, x, weight)
-            return y if self.bias is None else y.add_(self.bias[rows])
-        return torch.mm(x, weight) if self.bias is None else torch.addmm(self.bias[rows], x, weight)
+        if add_to is None:
+            return torch.mm(x, weight, out=out) if self.bias is None else torch.addmm(self.bias[rows], x, weight, out=out)
+        torch.addmm(add_to, x, weight, out=out)
+        return out if self.bias is None else out.add_(self.bias[rows])
 
-    def backward(self, d_y: torch.Tensor) -> torch.Tensor:
-        """(rows, inputs + ranks): the gradient of the product's left side; the input's own is not complete before `finish`."""
-        return torch.mm(d_y, self.weight)
+    def backward(self, d_y: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        """`out` := the gradient of the product's left side; the input's own is not complete before `finish`."""
+        return torch.mm(d_y, self.weight, out=out)
 
     def finish(self, d_y: torch.Tensor, d_x: torch.Tensor, x: torch.Tensor, seed: int | None) -> torch.Tensor:
         """Add to the gradients of A and B, and give the whole gradient of the input, (rows, inputs), a view of `d_x`.

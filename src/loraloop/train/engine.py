@@ -17,7 +17,8 @@ import torch
 from loraloop.chat.render import Row
 from loraloop.train.architecture import Architecture
 from loraloop.train.arithmetic import TorchArithmetic
-from loraloop.train.layers import Call, Keep, LayerSaved, Stack
+from loraloop.train.buffers import Keep, Scratch, Stack
+from loraloop.train.layers import Call, LayerSaved
 from loraloop.train.losses import Targets, head_loss
 from loraloop.train.tree import Block, TokenTree, build_tree, list_visits
 
@@ -29,6 +30,8 @@ class Plan:
     block_rows: int = 2048
     """Rows of a block, at most."""
     keep: Keep = Keep.PRODUCTS
+    path_rows: int = 0
+    """Rows of a path, and of a block at its end, to take memory for at once; more is taken when a tree needs it."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,8 @@ class TreeEngine:
         self.arithmetic = arithmetic
         self.seed = seed
         self.name = "tree"
+        self._scratch = Scratch(plan.block_rows, architecture.dtype)
+        self._stacks: list[Stack] = []
         self.n_computed = 0
         """Tokens computed in the last call."""
 
@@ -82,7 +87,7 @@ class TreeEngine:
             linear.refresh()
         visits = list_visits(tree, self.plan.block_rows)
         room = max((visit.block.depth + visit.block.n_rows for visit in visits), default=0)
-        walk = _Walk(tree, [layer.mixer.new_stack(room) for layer in self.architecture.layers], factor, draw)
+        walk = _Walk(tree, self._take_stacks(room), factor, draw)
         loss = 0.0
         for visit in visits:
             if visit.forward:
@@ -97,17 +102,28 @@ class TreeEngine:
         tree = walk.tree
         call = self._call(tree, block, walk.draw)
         saved: list[LayerSaved] = []
-        x = torch.nn.functional.embedding(torch.from_numpy(tree.tokens[block.start : block.stop]), self.architecture.embed)
-        for layer, stack in zip(self.architecture.layers, walk.stacks, strict=True):
-            x, kept = layer.forward(x, call, stack, self.plan.keep)
-            if walk.factor is not None:
-                saved.append(kept)
-                for gradient in stack.gradients:
-                    gradient[call.here].zero_()
+        hidden = self.architecture.embed.shape[1]
+        x = walk.stacks[0].take("x", call.here, hidden)
+        torch.index_select(self.architecture.embed, 0, torch.from_numpy(tree.tokens[block.start : block.stop]), out=x)
+        for number, (layer, stack) in enumerate(zip(self.architecture.layers, walk.stacks, strict=True), 1):
+            last = number == len(walk.stacks)
+            out = self._scratch.take("top", block.n_rows, hidden) if last else walk.stacks[number].take("x", call.here, hidden)
+            saved.append(layer.forward(x, call, stack, out))
+            stack.gradients[call.here].zero_()
+            x = out
         loss, d_x = self._head(x, Targets.of(tree, block), walk.factor)
         if d_x is not None:
             walk.entered.append(_Entered(call, saved, d_x))
         return loss
+
+    def _take_stacks(self, room: int) -> list[Stack]:
+        """A stack for each layer with places for `room` rows: those of the last walk if they are large enough."""
+        if not self._stacks or self._stacks[0].n_rows < room:
+            self._stacks.clear()
+            n_rows = max(room, self.plan.path_rows)
+            for layer in self.architecture.layers:
+                self._stacks.append(Stack(n_rows, layer.mixer.shared_shape, self.plan.keep, self._scratch))
+        return self._stacks
 
     def _head(self, x: torch.Tensor, targets: Targets, factor: float | None) -> tuple[float, torch.Tensor | None]:
         """The loss of a block's targets, and the gradient of its last layer's output."""

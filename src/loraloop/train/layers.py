@@ -1,32 +1,21 @@
 """One decoder layer, forward and backward, on the rows of a block: a mixer (attention or short convolution), then a gated MLP.
 
 Written out instead of left to autograd, so that what is kept between the passes is chosen: matrix products are kept, norms, rotations
-and activations are computed again. What the rows of a path give to those below them (keys and values, a convolution's inputs) lies in
-a `Stack`, and their gradients in it, where every block below adds its share before its ancestors' backward pass reads them.
+and activations are computed again. What rows show to those further down (keys and values, a convolution's inputs) lies in the layer's
+`Stack`, as do its gradients, where every block below adds its share before the backward pass of those above reads them.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import IntEnum
 from typing import Protocol
 
 import torch
 
 from loraloop.train.adapters import FusedLinear
 from loraloop.train.arithmetic import TorchArithmetic
+from loraloop.train.buffers import Keep, Stack
 from loraloop.train.tree import Block
-
-
-class Keep(IntEnum):
-    """What a layer keeps for its backward pass; what it does not is computed again."""
-
-    INPUTS = 0
-    """Only what came in."""
-    MIXER = 1
-    """The MLP's wide products are computed again."""
-    PRODUCTS = 2
-    """Every matrix product."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +32,13 @@ class Call:
     arithmetic: TorchArithmetic
 
     @property
+    def n_rows(self) -> int:
+        """Rows of the block."""
+        return self.block.n_rows
+
+    @property
     def here(self) -> slice:
-        """The block's own rows in a stack."""
+        """The block's own places in a stack."""
         return slice(self.block.depth, self.block.depth + self.block.n_rows)
 
 
@@ -54,14 +48,6 @@ class Norm:
 
     weight: torch.Tensor
     eps: float
-
-
-@dataclass(frozen=True)
-class Stack:
-    """By place on the path: what a mixer gives to rows further down, and the sum of the gradients that come back."""
-
-    values: tuple[torch.Tensor, ...]
-    gradients: tuple[torch.Tensor, ...]  # in float32 at least
 
 
 class Mixer(Protocol):
@@ -76,21 +62,27 @@ class Mixer(Protocol):
         ...
 
     @property
-    def shared_values(self) -> int:
-        """Values of each row in a stack; there are as many gradients."""
+    def shared_shape(self) -> tuple[int, ...]:
+        """Of what a row shows to those further down."""
         ...
 
-    def new_stack(self, n_rows: int) -> Stack:
-        """Room for a path of `n_rows`."""
-        ...
-
-    def forward(self, x: torch.Tensor, call: Call, stack: Stack) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-        """(rows, hidden) with the mixer's output added to `x`, and what `backward` wants to have."""
+    def forward(self, x: torch.Tensor, call: Call, stack: Stack, out: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """`out` := (rows, hidden) with the mixer's output added to `x`; gives what `backward` wants to have."""
         ...
 
     def backward(self, d_x: torch.Tensor, x: torch.Tensor, saved: tuple[torch.Tensor, ...], call: Call, stack: Stack) -> None:
         """Turn the gradient of what `forward` gave into that of `x`, in place."""
         ...
+
+
+@dataclass(frozen=True)
+class HeadShape:
+    """Heads of an attention."""
+
+    n_heads: int
+    n_kv_heads: int
+    size: int
+    scale: float
 
 
 class Attention:
@@ -109,92 +101,71 @@ class Attention:
     def kept_values(self) -> int:
         """Queries, raw keys where they have a norm, log-sum-exp in float32."""
         raw = self.shape.n_kv_heads * self.shape.size if self.head_norms else 0
-        return self.output.weight.shape[1] + self.shape.n_heads * (self.shape.size + 2) + raw
+        return self.output.width + self.shape.n_heads * (self.shape.size + 2) + raw
 
     @property
-    def shared_values(self) -> int:
-        """Keys and values."""
-        return 2 * self.shape.n_kv_heads * self.shape.size
+    def shared_shape(self) -> tuple[int, ...]:
+        """Keys, then values."""
+        return (2 * self.shape.n_kv_heads, self.shape.size)
 
-    def new_stack(self, n_rows: int) -> Stack:
-        """Keys and values."""
-        size = (n_rows, self.shape.n_kv_heads, self.shape.size)
-        dtype = self.qkv.weight.dtype
-        precise = torch.promote_types(dtype, torch.float32)
-        return Stack(
-            (torch.empty(size, dtype=dtype), torch.empty(size, dtype=dtype)),
-            (torch.zeros(size, dtype=precise), torch.zeros(size, dtype=precise)),
-        )
-
-    def forward(self, x: torch.Tensor, call: Call, stack: Stack) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-        """See Mixer; saves (raw q, raw k, output's input, log-sum-exp), the raw ones rotated already where they have no norm."""
-        heads, n_rows = self.shape, len(x)
-        normed, _ = enter(self.norm, self.qkv, x, call)
-        n_q, n_k = heads.n_heads * heads.size, heads.n_kv_heads * heads.size
-        q = self.qkv.forward(normed, slice(0, n_q)).view(n_rows, -1, heads.size)
-        kv = self.qkv.forward(normed, slice(n_q, n_q + 2 * n_k)).view(n_rows, -1, heads.size)
-        k, v = kv[:, : heads.n_kv_heads], kv[:, heads.n_kv_heads :]
-        keys, values = stack.values
-        values[call.here] = v
-        keys[call.here] = k
-        saved_k = k.contiguous() if self.head_norms else k.new_empty(0)
-        rotated = self._rotate(q, keys[call.here], call)
-        filled = self.output.new_input(n_rows)
-        out = filled[:, :n_q].view(n_rows, -1, heads.size)
-        end = call.here.stop
-        lse = call.arithmetic.attend(rotated, (keys[:end], values[:end]), call.block, scale=heads.scale, out=out)
-        self.output.fill(filled, call.seed)
-        return self.output.forward(filled, add_to=x), (q, saved_k, filled, lse)
+    def forward(self, x: torch.Tensor, call: Call, stack: Stack, out: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """See Mixer; saves (q, raw k, the output's input, log-sum-exp). q is raw too where it has a norm, else rotated."""
+        heads, end = self.shape, call.here.stop
+        n_q = heads.n_heads * heads.size
+        normed, _ = enter(self.norm, self.qkv, x, call, stack)
+        q = self.qkv.forward(normed, stack.take("q", call.here, n_q), slice(0, n_q)).view(call.n_rows, -1, heads.size)
+        shared = stack.values[call.here]
+        self.qkv.forward(normed, shared.view(call.n_rows, -1), slice(n_q, None))
+        k = shared[:, : heads.n_kv_heads]
+        raw_k = k
+        if self.head_norms:
+            raw_k = stack.take("raw_k", call.here, k[0].numel()).view(k.shape).copy_(k)
+            _norm_heads(self.head_norms[1], raw_k, call.arithmetic, out=k)
+        call.arithmetic.rotate(k, call.cos, call.sin)
+        rotated = self._norm_queries(q, call, stack)
+        call.arithmetic.rotate(rotated, call.cos, call.sin)
+        mixed = stack.take("mixed", call.here, self.output.width)
+        attended = mixed[:, :n_q].view(call.n_rows, -1, heads.size)
+        lse = call.arithmetic.attend(rotated, self._keys_and_values(stack.values[:end]), call.block, scale=heads.scale, out=attended)
+        self.output.fill(mixed, call.seed)
+        self.output.forward(mixed, out, add_to=x)
+        return q, raw_k, mixed, lse
 
     def backward(self, d_x: torch.Tensor, x: torch.Tensor, saved: tuple[torch.Tensor, ...], call: Call, stack: Stack) -> None:
         """See Mixer."""
-        q, raw_k, filled, lse = saved
-        heads, n_rows, arithmetic = self.shape, len(x), call.arithmetic
-        n_q, n_k, end = heads.n_heads * heads.size, heads.n_kv_heads * heads.size, call.here.stop
-        d_filled = self.output.finish(d_x, self.output.backward(d_x), filled, call.seed)
-        d_qkv = torch.empty(n_rows, n_q + 2 * n_k, dtype=x.dtype)
-        d_heads = d_qkv.view(n_rows, -1, heads.size)
-        n_qk = heads.n_heads + heads.n_kv_heads
-        d_q, d_k, d_v = d_heads[:, : heads.n_heads], d_heads[:, heads.n_heads : n_qk], d_heads[:, n_qk:]
-        rotated = self._rotate(q, None, call)
-        keys, values = stack.values
-        attended = (rotated, keys[:end], values[:end], filled[:, :n_q].view(n_rows, -1, heads.size), lse)
-        d_kv = (stack.gradients[0][:end], stack.gradients[1][:end])
-        arithmetic.attend_backward(d_filled.view(n_rows, -1, heads.size), attended, call.block, scale=heads.scale, d_kv=d_kv, d_q=d_q)
-        d_k.copy_(stack.gradients[0][call.here])
-        d_v.copy_(stack.gradients[1][call.here])
+        q, raw_k, mixed, lse = saved
+        heads, arithmetic, end = self.shape, call.arithmetic, call.here.stop
+        n_q, n_qk = heads.n_heads * heads.size, heads.n_heads + heads.n_kv_heads
+        d_mixed = self.output.backward(d_x, stack.take("d_mixed", call.here, self.output.width))
+        d_out = self.output.finish(d_x, d_mixed, mixed, call.seed).view(call.n_rows, -1, heads.size)
+        d_qkv = stack.take("d_qkv", call.here, n_q + stack.values[0].numel())
+        d_heads = d_qkv.view(call.n_rows, -1, heads.size)
+        rotated = self._norm_queries(q, call, stack)
+        if self.head_norms:
+            arithmetic.rotate(rotated, call.cos, call.sin)
+        attended = mixed[:, :n_q].view(call.n_rows, -1, heads.size)
+        forward = (rotated, *self._keys_and_values(stack.values[:end]), attended, lse)
+        d_kv = self._keys_and_values(stack.gradients[:end])
+        arithmetic.attend_backward(d_out, forward, call.block, scale=heads.scale, d_kv=d_kv, d_q=d_heads[:, : heads.n_heads])
+        d_heads[:, heads.n_heads :].copy_(stack.gradients[call.here])
         arithmetic.rotate(d_heads[:, :n_qk], call.cos, call.sin, inverse=True)
         if self.head_norms:
-            for norm, raw, gradient in zip(self.head_norms, (q, raw_k), (d_q, d_k), strict=True):
-                gradient.copy_(_norm_gradient(norm, raw, gradient, arithmetic))
-        normed, scale = enter(self.norm, self.qkv, x, call)
-        d_normed = self.qkv.finish(d_qkv, self.qkv.backward(d_qkv), normed, call.seed)
-        arithmetic.rms_norm_backward(d_normed, x, self.norm.weight, scale, d_x)
+            _norm_heads_backward(self.head_norms[0], q, d_heads[:, : heads.n_heads], arithmetic)
+            _norm_heads_backward(self.head_norms[1], raw_k, d_heads[:, heads.n_heads : n_qk], arithmetic)
+        normed, scale = enter(self.norm, self.qkv, x, call, stack)
+        d_normed = self.qkv.backward(d_qkv, stack.take("d_normed", call.here, self.qkv.width))
+        arithmetic.rms_norm_backward(self.qkv.finish(d_qkv, d_normed, normed, call.seed), x, self.norm.weight, scale, d_x)
 
-    def _rotate(self, q: torch.Tensor, k: torch.Tensor | None, call: Call) -> torch.Tensor:
-        """The queries as attention wants them, and the keys in place.
+    def _norm_queries(self, q: torch.Tensor, call: Call, stack: Stack) -> torch.Tensor:
+        """The norm of the queries, in memory of its own; the queries themselves where there is none."""
+        if not self.head_norms:
+            return q
+        out = stack.take("rotated", call.here, q[0].numel()).view(q.shape)
+        _norm_heads(self.head_norms[0], q, call.arithmetic, out)
+        return out
 
-        Without norms the queries are rotated in place in the forward pass, which has keys, and are so already in the backward pass.
-        """
-        if self.head_norms:
-            q = _norm_heads(self.head_norms[0], q, call.arithmetic)
-            if k is not None:
-                k.copy_(_norm_heads(self.head_norms[1], k, call.arithmetic))
-        if k is not None:
-            call.arithmetic.rotate(k, call.cos, call.sin)
-        if k is not None or self.head_norms:
-            call.arithmetic.rotate(q, call.cos, call.sin)
-        return q
-
-
-@dataclass(frozen=True)
-class HeadShape:
-    """Heads of an attention."""
-
-    n_heads: int
-    n_kv_heads: int
-    size: int
-    scale: float
+    def _keys_and_values(self, shared: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return shared[:, : self.shape.n_kv_heads], shared[:, self.shape.n_kv_heads :]
 
 
 class ShortConvolution:
@@ -210,63 +181,56 @@ class ShortConvolution:
     @property
     def kept_values(self) -> int:
         """The three gates."""
-        return self.output.weight.shape[1] + self.in_proj.weight.shape[0]
+        return self.output.width + self.in_proj.weight.shape[0]
 
     @property
-    def shared_values(self) -> int:
+    def shared_shape(self) -> tuple[int, ...]:
         """The convolution's inputs."""
-        return len(self.kernel)
+        return (len(self.kernel),)
 
-    def new_stack(self, n_rows: int) -> Stack:
-        """The convolution's inputs."""
-        dtype = self.kernel.dtype
-        size = (n_rows, len(self.kernel))
-        return Stack((torch.empty(size, dtype=dtype),), (torch.zeros(size, dtype=torch.promote_types(dtype, torch.float32)),))
-
-    def forward(self, x: torch.Tensor, call: Call, stack: Stack) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-        """See Mixer; saves (the three gates, output's input)."""
-        normed, _ = enter(self.norm, self.in_proj, x, call)
-        gates = self.in_proj.forward(normed)
+    def forward(self, x: torch.Tensor, call: Call, stack: Stack, out: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """See Mixer; saves (the three gates, the output's input)."""
+        normed, _ = enter(self.norm, self.in_proj, x, call, stack)
+        gates = self.in_proj.forward(normed, stack.take("gates", call.here, self.in_proj.weight.shape[0]))
         before, after, inner = gates.chunk(3, -1)
-        torch.mul(before, inner, out=stack.values[0][call.here])
-        filled = self.output.new_input(len(x))
-        torch.mul(after, self._convolve(call, stack), out=filled[:, : after.shape[1]])
-        self.output.fill(filled, call.seed)
-        return self.output.forward(filled, add_to=x), (gates, filled)
+        torch.mul(before, inner, out=stack.values[call.here])
+        mixed = stack.take("mixed", call.here, self.output.width)
+        torch.mul(after, self._convolve(call, stack), out=mixed[:, : after.shape[1]])
+        self.output.fill(mixed, call.seed)
+        self.output.forward(mixed, out, add_to=x)
+        return gates, mixed
 
     def backward(self, d_x: torch.Tensor, x: torch.Tensor, saved: tuple[torch.Tensor, ...], call: Call, stack: Stack) -> None:
         """See Mixer."""
-        gates, filled = saved
+        gates, mixed = saved
         before, after, inner = gates.chunk(3, -1)
-        d_y = self.output.finish(d_x, self.output.backward(d_x), filled, call.seed)
-        d_gates = torch.empty_like(gates)
+        d_mixed = self.output.backward(d_x, stack.take("d_mixed", call.here, self.output.width))
+        d_y = self.output.finish(d_x, d_mixed, mixed, call.seed)
+        d_gates = stack.take("d_gates", call.here, gates.shape[1])
         d_before, d_after, d_inner = d_gates.chunk(3, -1)
         torch.mul(d_y, self._convolve(call, stack), out=d_after)
-        total = stack.gradients[0]
+        total = stack.gradients
         d_convolved = d_y.to(total.dtype) * after
         total[call.here] += d_convolved * self.kernel[:, -1]
         for distance, parents in enumerate(call.parents, 1):
-            exists = parents >= 0
-            share = d_convolved * self.kernel[:, -1 - distance]
-            total.index_add_(0, parents.clamp(min=0), share * exists.unsqueeze(-1))
+            share = d_convolved * self.kernel[:, -1 - distance] * (parents >= 0).unsqueeze(-1)
+            total.index_add_(0, parents.clamp(min=0), share)
         own = total[call.here]
         d_before.copy_(own * inner)
         d_inner.copy_(own * before)
-        normed, scale = enter(self.norm, self.in_proj, x, call)
-        d_normed = self.in_proj.finish(d_gates, self.in_proj.backward(d_gates), normed, call.seed)
-        call.arithmetic.rms_norm_backward(d_normed, x, self.norm.weight, scale, d_x)
+        normed, scale = enter(self.norm, self.in_proj, x, call, stack)
+        d_normed = self.in_proj.backward(d_gates, stack.take("d_normed", call.here, self.in_proj.width))
+        call.arithmetic.rms_norm_backward(self.in_proj.finish(d_gates, d_normed, normed, call.seed), x, self.norm.weight, scale, d_x)
 
     def _convolve(self, call: Call, stack: Stack) -> torch.Tensor:
         """(rows, hidden): along each row's own path, never from a sibling."""
-        values = stack.values[0]
-        wide = torch.promote_types(values.dtype, torch.float32)
-        total = values[call.here].to(wide) * self.kernel[:, -1]
+        total = stack.values[call.here].to(stack.gradients.dtype) * self.kernel[:, -1]
         for distance, parents in enumerate(call.parents, 1):
-            above = values.index_select(0, parents.clamp(min=0)) * (parents >= 0).unsqueeze(-1)
+            above = stack.values.index_select(0, parents.clamp(min=0)) * (parents >= 0).unsqueeze(-1)
             total += above * self.kernel[:, -1 - distance]
         if self.bias is not None:
             total += self.bias
-        return total.to(values.dtype)
+        return total.to(stack.values.dtype)
 
 
 class Mlp:
@@ -277,38 +241,43 @@ class Mlp:
         self.gate_up = gate_up
         self.down = down
 
-    def forward(self, x: torch.Tensor, call: Call) -> tuple[torch.Tensor, torch.Tensor]:
-        """(rows, hidden) with the MLP's output added to `x`, and the wide products, which `backward` can do without."""
-        normed, _ = enter(self.norm, self.gate_up, x, call)
-        gate_up = self.gate_up.forward(normed)
-        h = self.down.new_input(len(x))
-        call.arithmetic.swiglu(gate_up, h[:, : self.down.n_inputs])
+    def forward(self, x: torch.Tensor, call: Call, stack: Stack, out: torch.Tensor) -> torch.Tensor:
+        """`out` := (rows, hidden) with the MLP's output added to `x`; gives the wide products, which `backward` can do without."""
+        products = self._products(enter(self.norm, self.gate_up, x, call, stack)[0], call, stack)
+        h = stack.take("h", call.here, self.down.width)
+        call.arithmetic.swiglu(products, h[:, : self.down.n_inputs])
         self.down.fill(h, call.seed)
-        return self.down.forward(h, add_to=x), gate_up
+        self.down.forward(h, out, add_to=x)
+        return products
 
-    def backward(self, d_x: torch.Tensor, x: torch.Tensor, gate_up: torch.Tensor | None, call: Call) -> None:
-        """Turn the gradient of what `forward` gave into that of `x`, in place; `gate_up` is used up."""
-        normed, scale = enter(self.norm, self.gate_up, x, call)
-        products = self.gate_up.forward(normed) if gate_up is None else gate_up
-        d_h = self.down.backward(d_x)
+    def backward(self, d_x: torch.Tensor, x: torch.Tensor, products: torch.Tensor | None, call: Call, stack: Stack) -> None:
+        """Turn the gradient of what `forward` gave into that of `x`, in place; `products` is used up."""
+        n_wide = self.down.n_inputs
+        normed, scale = enter(self.norm, self.gate_up, x, call, stack)
+        products = self._products(normed, call, stack) if products is None else products
+        d_h = self.down.backward(d_x, stack.take("d_h", call.here, self.down.width))
         self.down.add_input_gradient(d_h, call.seed)
-        h = self.down.new_input(len(x))
-        call.arithmetic.swiglu_backward(d_h[:, : self.down.n_inputs], products, h[:, : self.down.n_inputs])
+        h = stack.take("h", call.here, self.down.width)
+        call.arithmetic.swiglu_backward(d_h[:, :n_wide], products, h[:, :n_wide])
         self.down.fill(h, call.seed)
-        self.down.add_b_gradients(d_x, h[:, self.down.n_inputs :])
-        self.down.add_a_gradients(d_h, h[:, : self.down.n_inputs], call.seed)
-        d_normed = self.gate_up.finish(products, self.gate_up.backward(products), normed, call.seed)
-        call.arithmetic.rms_norm_backward(d_normed, x, self.norm.weight, scale, d_x)
+        self.down.add_b_gradients(d_x, h[:, n_wide:])
+        self.down.add_a_gradients(d_h, h[:, :n_wide], call.seed)
+        d_normed = self.gate_up.backward(products, stack.take("d_normed", call.here, self.gate_up.width))
+        call.arithmetic.rms_norm_backward(self.gate_up.finish(products, d_normed, normed, call.seed), x, self.norm.weight, scale, d_x)
+
+    def _products(self, normed: torch.Tensor, call: Call, stack: Stack) -> torch.Tensor:
+        """(rows, 2 * wide): gate, then up."""
+        return self.gate_up.forward(normed, stack.take("gate_up", call.here, self.gate_up.weight.shape[0]))
 
 
-@dataclass
+@dataclass(frozen=True)
 class LayerSaved:
     """What a layer kept of its forward pass."""
 
     x: torch.Tensor
-    mixer: tuple[torch.Tensor, ...] | None = None
-    middle: torch.Tensor | None = None
-    gate_up: torch.Tensor | None = None
+    middle: torch.Tensor | None
+    mixer: tuple[torch.Tensor, ...] | None
+    products: torch.Tensor | None
 
 
 @dataclass(frozen=True)
@@ -318,47 +287,45 @@ class Layer:
     mixer: Mixer
     mlp: Mlp
 
-    def forward(self, x: torch.Tensor, call: Call, stack: Stack, keep: Keep) -> tuple[torch.Tensor, LayerSaved]:
-        """(rows, hidden) of the layer, and what its backward pass needs."""
-        middle, mixer = self.mixer.forward(x, call, stack)
-        out, gate_up = self.mlp.forward(middle, call)
-        saved = LayerSaved(x)
-        if keep >= Keep.MIXER:
-            saved.mixer, saved.middle = mixer, middle
-        if keep >= Keep.PRODUCTS:
-            saved.gate_up = gate_up
-        return out, saved
+    def forward(self, x: torch.Tensor, call: Call, stack: Stack, out: torch.Tensor) -> LayerSaved:
+        """`out` := (rows, hidden) of the layer; gives what its backward pass needs."""
+        middle = stack.take("middle", call.here, x.shape[1])
+        mixer = self.mixer.forward(x, call, stack, middle)
+        products = self.mlp.forward(middle, call, stack, out)
+        if stack.keep == Keep.INPUTS:
+            return LayerSaved(x, None, None, None)
+        return LayerSaved(x, middle, mixer, products if stack.keep == Keep.PRODUCTS else None)
 
     def backward(self, d_x: torch.Tensor, saved: LayerSaved, call: Call, stack: Stack) -> None:
         """Turn the gradient of the layer's output into that of its input, in place, and add to the adapters' gradients."""
-        mixer, middle = saved.mixer, saved.middle
-        if mixer is None or middle is None:
-            middle, mixer = self.mixer.forward(saved.x, call, stack)
-        self.mlp.backward(d_x, middle, saved.gate_up, call)
-        saved.gate_up = saved.middle = None
+        middle, mixer = saved.middle, saved.mixer
+        if middle is None or mixer is None:
+            middle = stack.take("middle", call.here, d_x.shape[1])
+            mixer = self.mixer.forward(saved.x, call, stack, middle)
+        self.mlp.backward(d_x, middle, saved.products, call, stack)
         self.mixer.backward(d_x, saved.x, mixer, call, stack)
 
 
-def enter(norm: Norm, linear: FusedLinear, x: torch.Tensor, call: Call) -> tuple[torch.Tensor, torch.Tensor]:
+def enter(norm: Norm, linear: FusedLinear, x: torch.Tensor, call: Call, stack: Stack) -> tuple[torch.Tensor, torch.Tensor]:
     """The filled input of `linear`, the norm of `x`; and the norm's scale."""
-    filled = linear.new_input(len(x))
+    filled = stack.take("normed", call.here, linear.width)
     scale = call.arithmetic.rms_norm(x, norm.weight, norm.eps, filled[:, : linear.n_inputs])
     linear.fill(filled, call.seed)
     return filled, scale
 
 
-def _norm_heads(norm: Norm, x: torch.Tensor, arithmetic: TorchArithmetic) -> torch.Tensor:
-    """A norm over each head of (rows, heads, size)."""
+def _norm_heads(norm: Norm, x: torch.Tensor, arithmetic: TorchArithmetic, out: torch.Tensor) -> None:
+    """`out` := the norm over each head of (rows, heads, size)."""
     flat = x.reshape(-1, x.shape[-1])
-    out = torch.empty_like(flat)
-    arithmetic.rms_norm(flat, norm.weight, norm.eps, out)
-    return out.view(x.shape)
+    normed = torch.empty_like(flat)
+    arithmetic.rms_norm(flat, norm.weight, norm.eps, normed)
+    out.copy_(normed.view(x.shape))
 
 
-def _norm_gradient(norm: Norm, raw: torch.Tensor, d_out: torch.Tensor, arithmetic: TorchArithmetic) -> torch.Tensor:
-    """The gradient of `_norm_heads`."""
+def _norm_heads_backward(norm: Norm, raw: torch.Tensor, gradient: torch.Tensor, arithmetic: TorchArithmetic) -> None:
+    """Turn the gradient of `_norm_heads` into that of `raw`, in place."""
     flat = raw.reshape(-1, raw.shape[-1])
     scale = arithmetic.rms_norm(flat, norm.weight, norm.eps, torch.empty_like(flat))
     d_x = torch.zeros_like(flat)
-    arithmetic.rms_norm_backward(d_out.reshape(flat.shape), flat, norm.weight, scale, d_x)
-    return d_x.view(raw.shape)
+    arithmetic.rms_norm_backward(gradient.reshape(flat.shape), flat, norm.weight, scale, d_x)
+    gradient.copy_(d_x.view(raw.shape))

@@ -7,8 +7,9 @@ with what was measured.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -16,8 +17,9 @@ import torch
 from loraloop.chat.render import Row
 from loraloop.errors import LoraTrainerError
 from loraloop.train.architecture import Architecture
+from loraloop.train.buffers import Keep
 from loraloop.train.engine import Plan
-from loraloop.train.layers import Keep, Layer
+from loraloop.train.layers import Layer
 from loraloop.train.losses import HEAD_ROWS
 
 MAX_BLOCK_ROWS = 2048
@@ -57,7 +59,7 @@ def make_plan(architecture: Architecture, rows: Sequence[Row], window: int, max_
     for plan in _OPTIONS:
         need = estimate(architecture, plan, longest, largest)
         if limit is None or used + need.total <= limit:
-            return plan, _describe(plan, used + need.total, limit, longest)
+            return replace(plan, path_rows=_held_rows(plan, longest, largest)), _describe(plan, used + need.total, limit, longest)
     parts = f"{_mb(used)} for the model, {_mb(need.path)} for the row, {_mb(need.block)} for a block of {plan.block_rows} tokens"
     raise LoraTrainerError(
         f"the longest row has {longest} tokens and needs {_mb(used + need.total)} ({parts}, {_mb(need.head)} for the head), "
@@ -68,10 +70,10 @@ def make_plan(architecture: Architecture, rows: Sequence[Row], window: int, max_
 def estimate(architecture: Architecture, plan: Plan, longest: int, largest: int) -> Need:
     """What `plan` needs for steps whose longest row has `longest` tokens and whose rows have `largest` together."""
     block = min(plan.block_rows, largest)
-    held = min(longest + block, largest)
+    held = _held_rows(plan, longest, largest)
     element = architecture.dtype.itemsize
     kept = sum(_kept_values(layer, plan.keep) for layer in architecture.layers) * element
-    shared = sum(layer.mixer.shared_values for layer in architecture.layers) * (element + max(element, 4))
+    shared = sum(math.prod(layer.mixer.shared_shape) for layer in architecture.layers) * (element + max(element, 4))
     passing = max(_passing_values(layer) for layer in architecture.layers) * max(element, 4)
     vocabulary, hidden = architecture.head.shape
     adapters = [adapter for linear in architecture.linears for adapter in linear.adapters]
@@ -82,6 +84,11 @@ def estimate(architecture: Architecture, plan: Plan, longest: int, largest: int)
         head=HEAD_ROWS * vocabulary * (element + 2 * max(element, 4)),
         optimizer=3 * trained,  # gradient and two moments
     )
+
+
+def _held_rows(plan: Plan, longest: int, largest: int) -> int:
+    """Rows held at one time: those of the longest path, and siblings in a block at its end."""
+    return min(longest + min(plan.block_rows, largest), largest)
 
 
 def resident_bytes() -> int:
