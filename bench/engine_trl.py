@@ -1,9 +1,10 @@
 """TRL's SFTTrainer on the same rows: as it comes, and tuned for a CPU. TRL does the training; only its data and its clock are ours.
 
 `trl-default` leaves every setting that costs time as TRL has it: base in float32, bf16 autocast, gradient checkpointing, batches of
-8, rows in their given order. `trl-tuned`: base in bf16, no checkpointing, rows in order of length, batch size and autocast as
-measured best (`python -m bench.train --sweep`). Both get what keeps the work equal: input ids and labels ready-made, no
-truncation, constant learning rate, no clipping, no logging to services, the whole step as one accumulation window.
+8 (as far as the check has so many rows), rows in their given order. `trl-tuned`: base in bf16, no checkpointing, rows in order of
+length, batch size and autocast as measured best (`python -m bench.train --sweep`). Both get what keeps the work equal: input ids and
+labels ready-made, no truncation, constant learning rate, no clipping, no logging to services, the whole step as one accumulation
+window.
 """
 
 from __future__ import annotations

@@ -60,6 +60,7 @@ class WorkerFailed(Exception):
 def _compare(arguments: argparse.Namespace, folder: Path) -> int:
     from rich.console import Console
 
+    started = time.monotonic()
     machine = describe_machine()
     _say(f"bf16 GEMM {machine.gemm_gflops:,.0f} GFLOP/s on {machine.threads} threads, load {machine.load_average}")
     bench = Bench(arguments, folder)
@@ -82,6 +83,7 @@ def _compare(arguments: argparse.Namespace, folder: Path) -> int:
         report = Report(rows=rows, machine=machine, workloads=workloads, flops_rule=FLOPS_RULE)
         if arguments.json:
             write_atomic(arguments.json, report.model_dump_json(indent=1) + "\n")  # after each shape, so that an interruption costs one
+    _say(f"{(time.monotonic() - started) / 60:.1f} minutes in all")
     show(report, Console(width=160 if not sys.stdout.isatty() else None).print)
     return 0
 

@@ -21,6 +21,7 @@ from loraloop.training_data import TrainingData
 
 Shape = Literal["calls", "episodes", "pairs-sft", "control"]
 SHAPES: tuple[Shape, ...] = ("calls", "episodes", "pairs-sft", "control")
+WARM_UP_TOKENS = 512
 NO_LIMIT = 1 << 40
 """Rows are rendered whole, so that one that is too long is seen to be, rather than cut into windows."""
 
@@ -65,8 +66,9 @@ class Workload(Frozen):
 
     @property
     def warm_up_rows(self) -> list[BenchRow]:
-        """The shortest row: enough to load kernels and start threads."""
-        return [min(self.rows, key=lambda row: len(row.ids))]
+        """The beginning of the shortest row, every token trained: enough to load kernels and start threads, and never timed."""
+        ids = min((row.ids for row in self.rows), key=len)[:WARM_UP_TOKENS]
+        return [BenchRow(ids=ids, weights=(0.0, *[1.0] * (len(ids) - 1)))]
 
     def timed_rows(self, *, shares: bool) -> list[BenchRow]:
         """The rows of a timed step of an engine that `shares` prefixes between rows, or that does not."""
