@@ -194,6 +194,7 @@ def show(report: Report, echo: Callable[[Any], None]) -> None:
         table = Table(title=title, title_justify="left", title_style="bold")
         headings = (
             "engine",
+            "rounds",
             "logical tokens/s",
             "x trl-tuned",
             "computed tokens/s",
@@ -207,6 +208,7 @@ def show(report: Report, echo: Callable[[Any], None]) -> None:
         for row in rows:
             table.add_row(
                 row.engine,
+                str(row.rounds),
                 f"{row.logical_tokens_per_s:,.0f} ({row.logical_tokens_per_s_range[0]:,.0f}-{row.logical_tokens_per_s_range[1]:,.0f})",
                 "" if row.speedup is None else f"{row.speedup:.2f}",
                 f"{row.computed_tokens_per_s:,.0f}",

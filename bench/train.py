@@ -30,10 +30,12 @@ from loraloop.errors import LoraLoopError
 from loraloop.files import write_atomic
 
 ENGINES = ("tree", "dense", "trl-tuned", "trl-tuned-malloc", "trl-default")
-DEFAULT_EPISODES = {"calls": 1, "episodes": 16, "pairs-sft": 4, "control": 3}
+DEFAULT_EPISODES = {"calls": 2, "episodes": 16, "pairs-sft": 4, "control": 2}
 """Sized so that the default run ends within 25 minutes on two cores."""
 TUNED: dict[str, tuple[int, bool]] = {"calls": (1, False), "episodes": (1, False), "pairs-sft": (1, False), "control": (1, False)}
 """(batch size, bf16 autocast) that makes TRL fastest on each shape; `--sweep` measures it again."""
+SIDE_ROWS = ("trl-tuned-malloc", "trl-default")
+"""Engines that say what one setting is worth; the slowest of all, they get fewer rounds, or the default run would be mostly theirs."""
 DEFAULT_CHECK_TOKENS = 3000
 SWEEP = tuple((batch_size, autocast) for batch_size in (1, 2, 4, 8) for autocast in (False, True))
 ADAPTER_B_STD = 0.01
@@ -74,6 +76,8 @@ def _compare(arguments: argparse.Namespace, folder: Path) -> int:
         for round_number in range(arguments.rounds):
             order = arguments.engines if round_number % 2 == 0 else arguments.engines[::-1]
             for engine in order:
+                if engine in SIDE_ROWS and round_number >= arguments.side_rounds:
+                    continue
                 result, gradient = bench.run(workload, engine, TUNED[shape], f"round {round_number + 1}")
                 results.append(result)
                 gradients.setdefault(engine, gradient)
@@ -216,6 +220,7 @@ constant rate, no clipping, the loss normalised over the step. Nothing is trunca
     parser.add_argument("--episodes", type=_positive, help=f"episodes in a step ({sizes})")
     parser.add_argument("--max-length", type=_positive, default=4096, help="leave out rows with more tokens (4096)")
     parser.add_argument("--rounds", type=_positive, default=3, help="fresh processes for each engine, in alternating order (3)")
+    parser.add_argument("--side-rounds", type=_positive, default=1, help=f"as many of them for {' and '.join(SIDE_ROWS)} (1)")
     parser.add_argument("--steps", type=_positive, default=1, help="timed steps in a process, at least (1)")
     parser.add_argument("--min-seconds", type=float, default=10.0, help="timed seconds in a process, at least (10)")
     parser.add_argument(

@@ -49,7 +49,7 @@ class Workload(Frozen):
     """Episodes that gave at least one row."""
     rows: tuple[BenchRow, ...]
     check: tuple[int, ...]
-    """Indices into `rows`: the longest one and others spread over the lengths. Every engine's first step is over these; loss and
+    """Indices into `rows`: the longest, the shortest, and others between them. Every engine's first step is over these; loss and
     gradient must agree. Engines that compute each row for itself are timed on them too, as their time is a sum over rows."""
     left_out: dict[str, int]
     """What was not taken, by reason."""
@@ -182,10 +182,10 @@ def _fitting(sample: TrainingData, template: ChatTemplate, sizes: Sizes, left_ou
 
 
 def _check(rows: Sequence[BenchRow], max_tokens: int) -> tuple[int, ...]:
-    """The longest row, then others at even distances down the order of length; two at least, where there are two."""
+    """The longest row, the shortest, and others at even distances in order of length; two at least, where there are two."""
     n_tokens = sum(len(row.ids) for row in rows)
     if not max_tokens or n_tokens <= max_tokens:
         return tuple(range(len(rows)))
-    by_length = sorted(range(len(rows)), key=lambda index: -len(rows[index].ids))
-    count = min(len(rows), max(2, round(max_tokens * len(rows) / n_tokens)))
-    return tuple(sorted(by_length[number * len(rows) // count] for number in range(count)))
+    by_length = sorted(range(len(rows)), key=lambda index: len(rows[index].ids))
+    count = max(2, round(max_tokens * len(rows) / n_tokens))
+    return tuple(sorted({by_length[number * (len(rows) - 1) // (count - 1)] for number in range(count)}))

@@ -125,15 +125,16 @@ def test_nothing_is_truncated_and_what_is_too_long_is_counted(samples: Samples, 
         make(shape, samples, template, max_length=16)
 
 
-def test_check_rows_hold_the_longest_and_spread_over_the_lengths(samples: Samples, template: ChatTemplate) -> None:
+def test_check_rows_are_the_longest_the_shortest_and_some_between(samples: Samples, template: ChatTemplate) -> None:
     workload = make("calls", samples, template, n_episodes=8, check_tokens=12_000)
     lengths = sorted(len(row.ids) for row in workload.rows)
     check = sorted(len(row.ids) for row in workload.check_rows)
     assert 2 <= len(check) < len(lengths)
     assert check[-1] == lengths[-1]
-    assert check[0] < lengths[len(lengths) // 2]
+    assert check[0] == lengths[0]
     assert workload.timed_rows(shares=True) == list(workload.rows)
     assert workload.timed_rows(shares=False) == workload.check_rows
+    assert len(make("episodes", samples, template, n_episodes=1, check_tokens=10).check) == 1
     assert make("calls", samples, template).check_rows == list(make("calls", samples, template).rows)
 
 
