@@ -46,7 +46,7 @@ def describe_machine() -> Machine:
     )
 
 
-def measure_gemm(rounds: int = 7, repeats: int = 20) -> float:
+def measure_gemm(rounds: int = 30, repeats: int = 20) -> float:
     """GFLOP/s of bf16 torch.mm, best round, into memory that is there already."""
     import torch
 
