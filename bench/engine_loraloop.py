@@ -11,18 +11,15 @@ from bench.steps import SHARING, Job, StepClock, adapter_parameters, reset_adapt
 from loraloop.chat.render import Row
 from loraloop.train import loop
 
-DENSE_BATCH = 4
-"""The default of `python -m loraloop.train`; the loop itself keeps a micro-batch below MICRO_BATCH_TOKENS."""
-
 Step = Callable[[Any, Sequence[Row]], float]
 """Adds the gradient of the window's mean loss to the adapter's and gives that loss."""
 
 
 def run(engine: str, model: Any, job: Job) -> StepClock:
     """Warm up, take the check's step, and time steps, each part from the initial adapter with a new optimizer."""
-    run_step = _open_step(engine, model)
-    parameters = adapter_parameters(model)
     workload, plan = job.workload, job.plan
+    run_step = _open_step(engine, model, plan.batch_size)
+    parameters = adapter_parameters(model)
     clock = StepClock(plan, parameters)
     model.train()
 
@@ -51,9 +48,9 @@ def run(engine: str, model: Any, job: Job) -> StepClock:
     return clock
 
 
-def _open_step(engine: str, model: Any) -> Step:
+def _open_step(engine: str, model: Any, batch_size: int) -> Step:
     """The step of an engine, made ready for `model`."""
     if engine == "dense":
-        return lambda model, rows: loop._backward(model, rows, DENSE_BATCH)  # noqa: SLF001  the step without the loop round it
+        return lambda model, rows: loop._backward(model, rows, batch_size)  # noqa: SLF001  the step without the loop round it
     del model  # the tree engine is opened for the model here
     raise SystemExit(f"bench: loraloop has no engine {engine!r} in this version; leave it out of --engines")

@@ -188,8 +188,8 @@ def show(report: Report, echo: Callable[[Any], None]) -> None:
         rows = [row for row in report.rows if row.shape == shape]
         left_out = ", ".join(f"{count} {reason}" for reason, count in size.left_out.items()) or "nothing"
         title = (
-            f"{shape}: {size.rows} rows of at most {size.longest_row:,} tokens from {size.episodes} episodes, {size.logical_tokens:,}  "
-            f"tokens a step, token ratio {rows[0].token_ratio:.2f}; left out: {left_out}"
+            f"{shape}: {size.rows} rows of at most {size.longest_row:,} tokens from {size.episodes} episodes, {size.logical_tokens:,} "
+            f"logical tokens a step, token ratio {rows[0].token_ratio:.2f}; left out: {left_out}"
         )
         table = Table(title=title, title_justify="left", title_style="bold")
         headings = (

@@ -36,6 +36,8 @@ TUNED: dict[str, tuple[int, bool]] = {"calls": (1, False), "episodes": (1, False
 """(batch size, bf16 autocast) that makes TRL fastest on each shape, by `--sweep`. Measured on `calls`, rows of 1,649 and 2,628 tokens,
 two cores with AMX: 189 logical tokens/s and 8.1 GB as it is here; 83 and 14.0 GB with batches of two, which are padded and need a
 mask; 80 and 7.0 GB with autocast."""
+DENSE_BATCH = 4
+"""The default of `python -m loraloop.train`; the loop itself keeps a micro-batch below MICRO_BATCH_TOKENS."""
 SIDE_ROWS = ("trl-tuned-malloc", "trl-default")
 """Engines that say what one setting is worth; the slowest of all, they get fewer rounds, or the default run would be mostly theirs."""
 DEFAULT_CHECK_TOKENS = 3000
@@ -195,7 +197,7 @@ def _settings_of(engine: str, tuned: tuple[int, bool]) -> tuple[int, bool]:
     """(batch size, autocast) of an engine, for the record."""
     if engine == "trl-default":
         return 8, True
-    return tuned if engine.startswith("trl-") else (1, False)
+    return tuned if engine.startswith("trl-") else (DENSE_BATCH, False)
 
 
 def _parser() -> argparse.ArgumentParser:
