@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,16 +10,19 @@ import torch
 
 from bench.steps import SHARING, Job, StepClock, adapter_parameters, reset_adapter
 from loraloop.chat.render import Row
-from loraloop.train import loop
+from loraloop.train.architecture import read_architecture
+from loraloop.train.arithmetic import choose_arithmetic
+from loraloop.train.dense import DenseEngine
+from loraloop.train.engine import TreeEngine
+from loraloop.train.memory import make_plan
 
-Step = Callable[[Any, Sequence[Row]], float]
+Step = Callable[[Sequence[Row]], float]
 """Adds the gradient of the window's mean loss to the adapter's and gives that loss."""
 
 
 def run(engine: str, model: Any, job: Job) -> StepClock:
     """Warm up, take the check's step, and time steps, each part from the initial adapter with a new optimizer."""
     workload, plan = job.workload, job.plan
-    run_step = _open_step(engine, model, plan.batch_size)
     parameters = adapter_parameters(model)
     clock = StepClock(plan, parameters)
     model.train()
@@ -29,7 +33,7 @@ def run(engine: str, model: Any, job: Job) -> StepClock:
         done = False
         while not done:
             clock.begin()
-            loss = run_step(model, rows)
+            loss = run_step(rows)
             clock.keep_gradient()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -39,6 +43,7 @@ def run(engine: str, model: Any, job: Job) -> StepClock:
         [row.to_row() for row in rows]
         for rows in (workload.warm_up_rows, workload.check_rows, workload.timed_rows(shares=engine in SHARING))
     )
+    run_step = _open_step(engine, model, timed, plan.batch_size)
     take_steps(warm_up, lambda _: True)
     clock.first_gradient.clear()
     if len(check) < len(timed):
@@ -48,9 +53,12 @@ def run(engine: str, model: Any, job: Job) -> StepClock:
     return clock
 
 
-def _open_step(engine: str, model: Any, batch_size: int) -> Step:
-    """The step of an engine, made ready for `model`."""
+def _open_step(engine: str, model: Any, rows: Sequence[Row], batch_size: int) -> Step:
+    """The step of an engine, made ready for `model` as `python -m loraloop.train` would for these rows."""
     if engine == "dense":
-        return lambda model, rows: loop._backward(model, rows, batch_size)  # noqa: SLF001  the step without the loop round it
-    del model  # the tree engine is opened for the model here
-    raise SystemExit(f"bench: loraloop has no engine {engine!r} in this version; leave it out of --engines")
+        return DenseEngine(model, batch_size).backward
+    architecture = read_architecture(model)
+    plan, words = make_plan(architecture, rows, len(rows), None)
+    arithmetic, why_not = choose_arithmetic(architecture.dtype)
+    sys.stderr.write(f"tree: {arithmetic.name}{f' ({why_not})' if why_not else ''}, {words}\n")
+    return TreeEngine(architecture, plan, arithmetic).backward

@@ -13,6 +13,10 @@ from bench.workload import BenchRow
 from loraloop import base_model
 from loraloop.chat.render import Row
 from loraloop.train import loop
+from loraloop.train.architecture import read_architecture
+from loraloop.train.arithmetic import TorchArithmetic
+from loraloop.train.dense import DenseEngine
+from loraloop.train.engine import Plan, TreeEngine
 
 pytest.importorskip("trl", reason="TRL is not installed; it comes with the extra `bench`")
 
@@ -33,7 +37,11 @@ def make_rows() -> list[BenchRow]:
 
 
 def dense(model: Any, rows: Sequence[Row]) -> float:
-    return loop._backward(model, rows, batch_size=2)
+    return DenseEngine(model, batch_size=2).backward(rows)
+
+
+def tree(model: Any, rows: Sequence[Row]) -> float:
+    return TreeEngine(read_architecture(model), Plan(block_rows=40), TorchArithmetic()).backward(rows)
 
 
 @pytest.fixture
@@ -55,7 +63,7 @@ def load(tiny_model: Callable[[str], Path]) -> Callable[[], Any]:
 
 
 @pytest.mark.parametrize("batch_size", [1, 2])
-@pytest.mark.parametrize("engine", [dense], ids=["dense"])
+@pytest.mark.parametrize("engine", [dense, tree])
 def test_gradients_equal_those_of_trl_before_its_first_step(
     load: Callable[[], Any], tiny_model: Callable[[str], Path], engine: Callable[[Any, Sequence[Row]], float], batch_size: int
 ) -> None:
