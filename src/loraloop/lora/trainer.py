@@ -29,7 +29,7 @@ from loraloop.files import json_line, write_jsonl
 from loraloop.lora.config import LoraTrainerConfig, TrainOptions
 from loraloop.lora.model import LoraModelId, TrainedModel, TrainingMetrics
 from loraloop.lora.process import run_process
-from loraloop.lora.registry import LoraModelRegistry
+from loraloop.lora.registry import MODEL_FILE, LoraModelRegistry
 from loraloop.plugins import EpisodeStore, LearnModel
 from loraloop.training_data import Refusal, TrainingData, split_by_task
 from loraloop.training_record import RECORD_FILE, TrainingEvent, TrainingRecord
@@ -221,7 +221,10 @@ class LoraTrainer:
             raise ScriptNotFound(script)
 
     def _check_adapter(self, output: Path, log_path: Path) -> None:
-        """A folder with something in it from a script, PEFT's two files from our own process."""
+        """A folder with something in it from a script, PEFT's two files from our own process; the model's record comes from us."""
+        if (output / MODEL_FILE).exists():
+            reason = f"the training process wrote {MODEL_FILE} into {output}; that is the name of loraloop's own record, choose another"
+            raise ProcessFailed(0, "", log_path, reason)
         needed = ["adapter_config.json", "adapter_model.safetensors"] if self._config.train_script is None else ["*"]
         for pattern in needed:
             if not any(file.is_file() and file.stat().st_size for file in output.glob(pattern)):
