@@ -7,9 +7,10 @@ import sys
 from collections.abc import Sequence
 
 from loraloop.base_model import tune_process
-from loraloop.errors import LoraLoopError
+from loraloop.errors import EmptyData, LoraLoopError
 from loraloop.train.arguments import parse_arguments
 from loraloop.train.progress import emit
+from loraloop.training_record import TrainingEvent
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -22,6 +23,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         run(arguments, emit)
     except (LoraLoopError, OSError, ValueError) as error:
+        if isinstance(error, EmptyData):
+            emit(TrainingEvent(event="empty", message=error.message, refused=error.refused))
         sys.stderr.write(f"{type(error).__name__}: {error}\n")
         return 1
     return 0
