@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 
 from loraloop.base_model import tune_process
@@ -18,6 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     tune_process()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # meant for peft; it would stand in every error
     from loraloop.train.run import run  # torch only loads once the arguments are known to be right
 
     try:
