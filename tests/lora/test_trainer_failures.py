@@ -64,6 +64,16 @@ def test_stdout_takes_the_place_of_an_empty_stderr(make_trainer: MakeTrainer) ->
     assert fail(make_trainer, "print('what went wrong')\nsys.exit(1)").stderr == "what went wrong"
 
 
+@pytest.mark.parametrize(("before", "n_steps", "told"), [("print('what went wrong')", 20, "what went wrong"), ("", 50, "")])
+def test_progress_is_no_complaint(make_trainer: MakeTrainer, before: str, n_steps: int, told: str) -> None:
+    event = "json.dumps({'event': 'step', 'step': n}, separators=(',', ':'))"
+    error = fail(
+        make_trainer, f"{before}\nfor n in range({n_steps}): print({event})\nsys.stdout.flush()\nos.kill(os.getpid(), signal.SIGKILL)"
+    )
+    assert error.stderr == told
+    assert ("(nothing was written to stderr)" in str(error)) is (not told)
+
+
 def test_a_silent_failure_says_that_nothing_was_written(make_trainer: MakeTrainer) -> None:
     assert "(nothing was written to stderr)" in str(fail(make_trainer, "os._exit(7)"))
 
