@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -132,11 +133,16 @@ def test_a_terminated_command_ends_the_training_that_it_began(workplace: Path) -
     with subprocess.Popen(command, cwd=workplace, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         training = next(int(line.split()[1]) for line in process.stderr if line.startswith("pid "))
-        assert is_running(training)
-        process.terminate()
-        assert "Traceback" not in process.stderr.read()
-    assert process.returncode == 128 + signal.SIGTERM
-    assert not is_running(training)
+        try:
+            assert is_running(training)
+            process.terminate()
+            assert "Traceback" not in process.stderr.read()
+            assert process.wait() == 128 + signal.SIGTERM
+            assert not is_running(training)
+        finally:
+            process.kill()
+            with suppress(ProcessLookupError):
+                os.kill(training, signal.SIGKILL)
 
 
 def is_running(pid: int) -> bool:
