@@ -76,7 +76,10 @@ def test_an_empty_folder_holds_nothing(tmp_path: Path) -> None:
         resolve_base(str(tmp_path))
 
 
-@pytest.mark.parametrize("name", ["/no/such/model", "./model", "../model", "~/model", "some/deep/model", "model.gguf", "org/model.gguf"])
+@pytest.mark.parametrize(
+    "name",
+    ["/no/such/model", "./model", "../model", "~/model", "~nobody-of-that-name/model", "some/deep/model", "model.gguf", "org/model.gguf"],
+)
 def test_a_path_that_is_not_there_is_not_looked_up_on_the_hub(name: str) -> None:
     said: list[str] = []
     with pytest.raises(BaseModelError, match="no such file or folder; give the folder of a model"):
@@ -317,11 +320,22 @@ def test_code_in_a_models_folder_never_runs(base: Path, tmp_path: Path) -> None:
         )
         found = resolve_base(str(base))
         if changes:
-            with pytest.raises(BaseModelError, match=r"base model 'base' in .*: it cannot be loaded"):
+            with pytest.raises(BaseModelError, match=r"base model 'base' in .*: it cannot be loaded \(it needs code from its own folder"):
                 load_model(found, "float32")
         else:
             assert type(load_model(found, "float32")).__name__ == "LlamaForCausalLM"
     assert not (tmp_path / "ran").exists()
+
+
+def test_weights_that_are_not_there_are_never_made_up(base: Path) -> None:
+    config = json.loads((base / "config.json").read_text())
+    for changes, lacks in (
+        ({"num_hidden_layers": 3}, "lack 9 weights of a LlamaForCausalLM: model.layers.2."),
+        ({"tie_word_embeddings": False}, "lm_head"),
+    ):
+        (base / "config.json").write_text(json.dumps({**config, **changes}))
+        with pytest.raises(BaseModelError, match=f"base model 'base' in .*: it cannot be loaded .*{lacks}"):
+            load_model(resolve_base(str(base)), "float32")
 
 
 def test_damaged_weights_and_tokenizers_are_told_with_their_folder(base: Path) -> None:

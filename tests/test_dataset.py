@@ -122,9 +122,9 @@ def test_time_of_recording_and_of_freezing_do_not_matter(tmp_path: Path) -> None
 
 def test_the_same_content_is_not_written_again(tmp_path: Path) -> None:
     first = frozen(mixed(), tmp_path)
-    times = {file: file.stat().st_mtime_ns for file in (first.path, *first.path.iterdir())}
+    files = {file: (file.stat().st_ino, file.read_bytes()) for file in first.path.iterdir()}
     assert frozen(mixed(), tmp_path) == first
-    assert {file: file.stat().st_mtime_ns for file in (first.path, *first.path.iterdir())} == times
+    assert {file: (file.stat().st_ino, file.read_bytes()) for file in first.path.iterdir()} == files
     assert list_datasets(tmp_path) == [first]
 
 
@@ -218,7 +218,7 @@ def test_nothing_usable_is_empty_data_with_the_counts_and_writes_nothing(tmp_pat
         frozen(episodes, tmp_path / "datasets")
     assert failure.value.refused == {"outcome_failure": 2, "outcome_unknown": 1}
     assert "none of 3 episodes gives a sample for 'conversation'" in str(failure.value)
-    with pytest.raises(EmptyData, match="none of 0 episodes"):
+    with pytest.raises(EmptyData, match="No episodes found to build from; ingest some first, or widen the filter"):
         frozen([], tmp_path / "datasets")
     assert not (tmp_path / "datasets").exists()
 
@@ -232,13 +232,15 @@ def test_a_file_that_was_tampered_with_is_named(tmp_path: Path, name: str, damag
     file.unlink() if damage == "missing" else file.write_bytes(content[:-2] + b" \n" if damage == "changed" else content + b"\n")
     for look in (lambda: open_dataset(dataset.path), lambda: list_datasets(tmp_path), lambda: frozen(mixed(), tmp_path)):
         with pytest.raises(
-            DatasetError, match=rf"{dataset.id}/{name} is not the file that the manifest describes; build the dataset again"
+            DatasetError, match=rf"{dataset.id}/{name} is not the file that the manifest describes; remove .*{dataset.id} and"
         ):
             look()
 
 
 def test_a_folder_without_a_manifest_is_no_dataset(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match=r"is not a dataset: it has no manifest\.json; make one with `loraloop build`"):
+        open_dataset(tmp_path / "absent")
+    with pytest.raises(DatasetError, match=r"is not a dataset: it has no manifest\.json; remove that folder and `loraloop build`"):
         open_dataset(tmp_path)
     dataset = frozen(mixed(), tmp_path)
     (dataset.path / MANIFEST_FILE).unlink()
@@ -251,8 +253,18 @@ def test_a_folder_without_a_manifest_is_no_dataset(tmp_path: Path) -> None:
 def test_a_manifest_that_cannot_be_read_is_named(tmp_path: Path, content: str) -> None:
     dataset = frozen(mixed(), tmp_path)
     (dataset.path / MANIFEST_FILE).write_text(content)
-    with pytest.raises(DatasetError, match=rf"the manifest of .*{dataset.id} cannot be read"):
+    with pytest.raises(
+        DatasetError, match=rf"^the manifest of .*{dataset.id} cannot be read \(.+\); remove that folder and build the dataset again$"
+    ):
         open_dataset(dataset.path)
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("where a folder belongs")
+    with pytest.raises(DatasetError, match=r"[0-9a-f]{24} cannot be read \(Not a directory\)"):
+        frozen(mixed(), tmp_path / "file")
+    with pytest.raises(DatasetError, match=r"[0-9a-f]{24} cannot be written \(Not a directory\)"):
+        frozen(mixed(), tmp_path / "file" / "datasets")
 
 
 def test_what_a_killed_process_left_aside_is_not_listed(tmp_path: Path) -> None:

@@ -125,24 +125,36 @@ def test_a_line_of_conversations_alone_will_do():
     assert sample == TrainingData.sft_simple("Q", "A")
 
 
+def test_a_key_of_ours_that_is_null_says_nothing():
+    line = {"conversations": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]}
+    nothing = dict.fromkeys(("kind", "rejected", "tools", "weight", "episode_id"))
+    assert TrainingData.from_line({**line, **nothing}) == TrainingData.from_line(line)
+
+
 @pytest.mark.parametrize(
-    "line",
+    ("line", "says"),
     [
-        [],
-        "text",
-        {},
-        {"conversations": "text"},
-        {"conversations": []},
-        {"conversations": [{"role": "robot", "content": "x"}]},
-        {"conversations": [{"from": "human", "value": "x"}]},
-        {"conversations": [{"role": "user", "content": "x"}], "weight": 0},
-        {"conversations": [{"role": "user", "content": "x"}], "kind": "rl"},
-        {"conversations": [{"role": "user", "content": "x"}], "episode_id": "../x"},
+        ([], "expected an object with `conversations`"),
+        ("text", "expected an object with `conversations`"),
+        ({}, "expected an object with `conversations`"),
+        ({"conversations": "text"}, "a list of turns"),
+        ({"conversations": []}, "conversations: .*at least 1"),
+        (
+            {"conversations": [{"role": "user", "content": "x"}, {"role": "robot", "content": "x"}]},
+            r"conversations\.1\.role: .*found 'robot'",
+        ),
+        ({"conversations": [{"from": "human", "value": "x"}]}, r"conversations\.0\.role: Field required"),
+        ({"conversations": [{"role": "user", "content": "x"}], "weight": 0}, "weight: .*greater than 0, found '0'"),
+        ({"conversations": [{"role": "user", "content": "x"}], "kind": "rl"}, "kind: .*found 'rl'"),
+        ({"conversations": [{"role": "user", "content": "x"}], "tools": 5}, "tools: .*found '5'"),
+        ({"conversations": [{"role": "user", "content": "x"}], "rejected": [7]}, r"rejected\.0: .*found '7'"),
+        ({"conversations": [{"role": "user", "content": "x"}], "episode_id": "../x"}, r"episode_id: .*found '\.\./x'"),
     ],
 )
-def test_a_line_that_is_no_sample_says_why(line):
-    with pytest.raises(ValueError, match=r"."):
+def test_a_line_that_is_no_sample_says_what_is_wrong_and_where(line, says):
+    with pytest.raises(ValueError, match=says) as failure:
         TrainingData.from_line(line)
+    assert "errors.pydantic.dev" not in str(failure.value)
 
 
 # --- the split --------------------------------------------------------------------------------------------------------------

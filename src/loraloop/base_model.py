@@ -43,7 +43,7 @@ def resolve_base(base: str, say: Callable[[str], None] = lambda _: None) -> Base
 
     Raises BaseModelError, in one message, when it cannot be had or is not a model that can be trained.
     """
-    path = Path(base).expanduser()
+    path = Path(os.path.expanduser(base))  # noqa: PTH111  that of pathlib raises for a user that there is not
     if path.is_file():
         folder, name, source = _from_gguf(path, say), path.stem, "gguf"
     elif path.is_dir():
@@ -64,19 +64,24 @@ def load_tokenizer(base: BaseModel) -> Any:
 
 
 def load_model(base: BaseModel, dtype: Literal["float32", "bfloat16"]) -> Any:
-    """The causal language model in `dtype`, in eval mode, on the CPU. Raises BaseModelError."""
+    """The causal language model in `dtype`, in eval mode, on the CPU.
+
+    Raises BaseModelError, also when weights are missing: transformers would make them up at random.
+    """
     import torch
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
     with _as_base_model_error(base, "it cannot be loaded"):
-        model = transformers.AutoModelForCausalLM.from_pretrained(
+        model, loaded = transformers.AutoModelForCausalLM.from_pretrained(
             str(base.path),
             dtype=getattr(torch, dtype),
             use_safetensors=True,
             local_files_only=True,
             trust_remote_code=False,
+            output_loading_info=True,
         )
+        _require_all_weights(model, loaded)
     return model.eval()
 
 
@@ -166,7 +171,10 @@ def _from_gguf(path: Path, say: Callable[[str], None]) -> Path:
     try:
         folder, name = str(path.parent), path.name
         with _quiet():
-            model = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
+            model, loaded = transformers.AutoModelForCausalLM.from_pretrained(
+                folder, gguf_file=name, dtype=torch.float32, output_loading_info=True
+            )
+            _require_all_weights(model, loaded)
             tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=name)
     except Exception as error:
         raise BaseModelError(f"base model {str(path)!r} cannot be read by transformers: {error}") from error
@@ -177,6 +185,16 @@ def _from_gguf(path: Path, say: Callable[[str], None]) -> Path:
         model.save_pretrained(folder_aside)
         tokenizer.save_pretrained(folder_aside)
     return target
+
+
+def _require_all_weights(model: Any, loaded: dict[str, Any]) -> None:
+    """Raises BaseModelError for weights that neither the files hold nor other weights stand for (a head that is the embeddings)."""
+    missing = sorted(set(loaded["missing_keys"]) - set(model.all_tied_weights_keys))
+    if missing:
+        few = ", ".join(missing[:3]) + (", …" if len(missing) > 3 else "")
+        raise BaseModelError(
+            f"its files lack {len(missing)} weights of a {type(model).__name__}: {few}; get the whole of a causal language model"
+        )
 
 
 @contextlib.contextmanager
@@ -214,7 +232,9 @@ def _as_base_model_error(base: BaseModel, what: str) -> Any:
     try:
         yield
     except Exception as error:
-        raise BaseModelError(f"base model {base.name!r} in {base.path}: {what} ({error})") from error
+        # transformers would have its users pass the argument trust_remote_code
+        why = "it needs code from its own folder, which loraloop never runs" if "trust_remote_code" in str(error) else error
+        raise BaseModelError(f"base model {base.name!r} in {base.path}: {what} ({why})") from error
 
 
 def _cpu_has_bf16() -> bool:

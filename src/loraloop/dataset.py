@@ -7,8 +7,9 @@ written last; a folder without one is not a dataset.
 from __future__ import annotations
 
 import contextlib
+import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -69,13 +70,16 @@ class Dataset(Frozen):
 def freeze(
     episodes: Iterable[Episode], learn_model: LearnModel, directory: Path, *, held_out_fraction: float = 0.2, min_tasks: int = 5
 ) -> Dataset:
-    """Convert `episodes` and freeze them under `directory`; the same content gives the dataset that is there already.
+    """Convert `episodes` and freeze them under `directory`; the same content gives the dataset that is there already, as the newest.
 
-    Samples are ordered by episode id, so the order of `episodes` does not matter. Raises EmptyData when nothing is left to train on.
+    Samples are ordered by episode id, so the order of `episodes` does not matter. Raises EmptyData when nothing is left to train on,
+    DatasetError when the folder is damaged or cannot be written.
     """
     samples, refusals = _convert(episodes, learn_model)
     n_episodes = len(samples) + len(refusals)
     counts = dict(sorted(Counter(refusal.reason for refusal in refusals).items()))
+    if not n_episodes:
+        raise EmptyData("No episodes found to build from; ingest some first, or widen the filter")
     if not samples:
         raise EmptyData(f"none of {n_episodes} episodes gives a sample for {learn_model.name!r}", counts)
     training, held_out = split_by_task(samples, held_out_fraction, min_tasks)
@@ -84,8 +88,11 @@ def freeze(
     dataset_id = content_hash([learn_model.name, [[json_line(line) for line in part] for part in (*lines, refused)]], 24)
     path = directory / dataset_id
     if (path / MANIFEST_FILE).exists():
-        return open_dataset(path)
-    with contextlib.suppress(FileExistsError), new_directory(path) as folder:  # another process may have been faster
+        dataset = open_dataset(path)
+        with contextlib.suppress(OSError):  # of a project that can only be read
+            os.utime(path / MANIFEST_FILE)
+        return dataset
+    with _as_dataset_error(path), contextlib.suppress(FileExistsError), new_directory(path) as folder:  # another process may be faster
         for name, rows in ((TRAIN_FILE, lines[0]), (HELD_OUT_FILE, lines[1]), (REFUSED_FILE, refused)):
             write_jsonl(folder / name, rows)
         manifest = DatasetManifest(
@@ -110,20 +117,39 @@ def open_dataset(path: Path) -> Dataset:
     try:
         manifest = DatasetManifest.model_validate_json((path / MANIFEST_FILE).read_bytes())
     except FileNotFoundError as error:
-        raise DatasetError(f"{path} is not a dataset: it has no {MANIFEST_FILE}; make one with `loraloop build`") from error
+        advice = "remove that folder and" if path.exists() else "make one with"
+        raise DatasetError(f"{path} is not a dataset: it has no {MANIFEST_FILE}; {advice} `loraloop build`") from error
+    except OSError as error:
+        raise DatasetError(f"{path} cannot be read ({error.strerror}); see what is there, and who may read it") from error
     except ValidationError as error:
-        raise DatasetError(f"the manifest of {path} cannot be read: {error}") from error
+        first = error.errors()[0]
+        found = f"{'.'.join(map(str, first['loc'])) or 'the whole'}: {first['msg']}"
+        raise DatasetError(f"the manifest of {path} cannot be read ({found}); remove that folder and build the dataset again") from error
     for name, expected in manifest.sha256.items():
         if not (path / name).is_file() or file_sha256(path / name) != expected:
-            raise DatasetError(f"{path / name} is not the file that the manifest describes; build the dataset again")
+            raise DatasetError(f"{path / name} is not the file that the manifest describes; remove {path} and build the dataset again")
     return Dataset(path=path, manifest=manifest)
 
 
-def list_datasets(directory: Path) -> list[Dataset]:
-    """The datasets under `directory`, oldest first."""
+def list_folders(directory: Path) -> list[Path]:
+    """The folders of the datasets under `directory`, unopened, the one that was built last at the end."""
     found = (file for file in directory.glob(f"*/{MANIFEST_FILE}") if not file.parent.name.startswith("."))  # those a kill left aside
-    manifests = sorted(found, key=lambda file: (file.stat().st_mtime_ns, file.parent.name))
-    return [open_dataset(file.parent) for file in manifests]
+    return [file.parent for file in sorted(found, key=lambda file: (file.stat().st_mtime_ns, file.parent.name))]
+
+
+def list_datasets(directory: Path) -> list[Dataset]:
+    """The datasets under `directory`, the one that was built last at the end. Raises DatasetError when one is damaged."""
+    return [open_dataset(folder) for folder in list_folders(directory)]
+
+
+@contextlib.contextmanager
+def _as_dataset_error(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise DatasetError(
+            f"{path} cannot be written ({error.strerror}); make room there, or make the project's folder writable"
+        ) from error
 
 
 def _convert(episodes: Iterable[Episode], learn_model: LearnModel) -> tuple[list[TrainingData], list[Refusal]]:

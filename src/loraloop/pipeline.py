@@ -16,7 +16,8 @@ from pathlib import Path
 
 from loraloop.dataset import Dataset, freeze
 from loraloop.episode import EpisodeFilter
-from loraloop.importers.ingest import IngestReport, ingest_file, iter_files
+from loraloop.errors import ImportFailed
+from loraloop.importers.ingest import IngestReport, ingest_file, iter_files, refuse_file
 from loraloop.lora.config import LoraTrainerConfig, TrainOptions
 from loraloop.lora.model import TrainedModel
 from loraloop.lora.trainer import LoraTrainer, OnEvent, Samples, run_in_plain_thread
@@ -29,9 +30,20 @@ def ingest(
     format_name: str | None = None,
     on_progress: Callable[[Path, int, int | None], None] = lambda path, done, total: None,
 ) -> Iterator[IngestReport]:
-    """Read every file under `paths` into `store`; gives one report a file. Raises ImportFailed for a file that is no episodes at all."""
-    for path in iter_files(paths):
-        yield ingest_file(store, path, format_name, lambda done, total, path=path: on_progress(path, done, total))  # type: ignore[misc]
+    """Read every file under `paths` into `store`; gives one report a file.
+
+    Among several files, one that cannot be read as episodes is refused as a whole, so that it costs none of the others. Raises
+    ImportFailed when it is the only one, and for a path that is not there.
+    """
+    files = iter_files(paths)
+    for path in files:
+        try:
+            report = ingest_file(store, path, format_name, lambda done, total, path=path: on_progress(path, done, total))  # type: ignore[misc]
+        except ImportFailed as error:
+            if len(files) == 1:
+                raise
+            report = refuse_file(path, error)
+        yield report
 
 
 def build(

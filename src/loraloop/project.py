@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Self
 
 from loraloop import pipeline
-from loraloop.dataset import Dataset, list_datasets
+from loraloop.dataset import Dataset, list_datasets, list_folders, open_dataset
 from loraloop.episode import CONVERSATION, EpisodeFilter
 from loraloop.errors import DatasetError, StoreError
 from loraloop.importers.ingest import IngestReport
@@ -80,21 +80,21 @@ class Project:
         return pipeline.train(self.store, self.get_dataset(dataset), config, options, on_event)
 
     def list_datasets(self) -> list[Dataset]:
-        """The datasets, oldest first."""
+        """The datasets, the one that was built last at the end. Raises DatasetError when one is damaged."""
         return list_datasets(self.directory / "datasets")
 
     def get_dataset(self, dataset_id: str | None = None) -> Dataset:
-        """The dataset whose id begins with `dataset_id`, the newest without one. Raises DatasetError."""
-        datasets = self.list_datasets()
+        """The dataset whose id begins with `dataset_id`, the one that was built last without. Raises DatasetError."""
+        folders = list_folders(self.directory / "datasets")
         if dataset_id is None:
-            if not datasets:
+            if not folders:
                 raise DatasetError(f"no dataset in {self.directory}; make one with `loraloop build`")
-            return datasets[-1]
-        found = [dataset for dataset in datasets if dataset.id.startswith(dataset_id)]
+            return open_dataset(folders[-1])
+        found = [folder for folder in folders if folder.name.startswith(dataset_id)]
         if len(found) != 1:
-            known = ", ".join(dataset.id for dataset in datasets[-5:]) or "none"
+            known = ", ".join(folder.name for folder in folders[-5:]) or "none; make one with `loraloop build`"
             raise DatasetError(f"{len(found)} datasets begin with {dataset_id!r}; known: {known}")
-        return found[0]
+        return open_dataset(found[0])
 
     def list_models(self) -> list[TrainedModel]:
         """The trained models, oldest first."""

@@ -11,7 +11,8 @@ import hashlib
 from enum import StrEnum
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, JsonValue
+from pydantic import Field, JsonValue, ValidationError
+from pydantic_core import ErrorDetails
 
 from loraloop.episode import EpisodeId, Frozen, Message
 
@@ -158,17 +159,21 @@ class TrainingData(Frozen):
 
     @classmethod
     def from_line(cls, line: Any) -> Self:
-        """The sample of one line; a line with only `conversations` will do. Raises ValueError saying what is wrong."""
+        """The sample of one line; a line with only `conversations` will do. Raises ValueError saying what is wrong, and where."""
         if not isinstance(line, dict) or not isinstance(line.get("conversations"), list):
             raise ValueError("expected an object with `conversations`, a list of turns")
-        return cls(
-            kind=line.get("kind", "sft"),
-            messages=tuple(Message.model_validate(turn) for turn in line["conversations"]),
-            rejected_messages=tuple(Message.model_validate(turn) for turn in line.get("rejected", ())),
-            tools=tuple(line.get("tools", ())),
-            weight=line.get("weight", 1.0),
-            episode_id=line.get("episode_id"),
-        )
+        fields = {
+            "kind": line.get("kind") or "sft",
+            "messages": line["conversations"],
+            "rejected_messages": line.get("rejected") or (),
+            "tools": line.get("tools") or (),
+            "weight": 1.0 if line.get("weight") is None else line["weight"],
+            "episode_id": line.get("episode_id"),
+        }
+        try:
+            return cls.model_validate(fields)
+        except ValidationError as error:
+            raise ValueError("; ".join(map(_describe_wrong, error.errors()[:3]))) from error
 
 
 def is_held_out(split_key: str, fraction: float) -> bool:
@@ -187,6 +192,13 @@ def split_by_task(samples: list[TrainingData], fraction: float, min_tasks: int) 
         return samples, []
     kept = [sample for sample, out in zip(samples, held, strict=True) if not out]
     return kept, [sample for sample, out in zip(samples, held, strict=True) if out]
+
+
+def _describe_wrong(error: ErrorDetails) -> str:
+    """One thing that pydantic found wrong, by the names that a line has for it: `conversations.0.role: …, found 'developer'`."""
+    first, *rest = map(str, error["loc"])
+    place = ".".join([{"messages": "conversations", "rejected_messages": "rejected"}.get(first, first), *rest])
+    return f"{place}: {error['msg']}, found {str(error['input'])[:80]!r}"
 
 
 def _prompt(system: str | None, prompt: str) -> tuple[Message, ...]:

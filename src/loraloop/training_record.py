@@ -40,8 +40,10 @@ class TrainingEvent(Frozen):
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
-    event: Literal["note", "warning", "data", "held_out", "step", "saved"]
+    event: Literal["note", "warning", "data", "held_out", "step", "saved", "empty"]
+    """`empty` says, before the process fails, that it has nothing to train on, and `refused` why."""
     message: str | None = None
+    refused: dict[str, int] | None = None
     data: DataReport | None = None
     step: int | None = None
     steps: int | None = None

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -119,6 +121,36 @@ def test_mistakes_get_one_message_and_exit_code_1(workplace: Path, arguments: li
     assert says in done.stderr
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
+
+
+def test_a_terminated_command_ends_the_training_that_it_began(workplace: Path) -> None:
+    run("ingest", "chats.jsonl", "--project", "sixth", cwd=workplace)
+    run("build", "--project", "sixth", cwd=workplace)
+    (workplace / "slow.py").write_text(
+        'import json, os, time\nprint(json.dumps({"event": "note", "message": f"pid {os.getpid()}"}), flush=True)\ntime.sleep(600)\n'
+    )
+    command = [sys.executable, "-m", "loraloop", "train", "--train-script", "slow.py", "--project", "sixth"]
+    with subprocess.Popen(command, cwd=workplace, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        training = next(int(line.split()[1]) for line in process.stderr if line.startswith("pid "))
+        try:
+            assert is_running(training)
+            process.terminate()
+            assert "Traceback" not in process.stderr.read()
+            assert process.wait() == 128 + signal.SIGTERM
+            assert not is_running(training)
+        finally:
+            process.kill()
+            with suppress(ProcessLookupError):
+                os.kill(training, signal.SIGKILL)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def test_nothing_stored_and_nothing_known_is_a_failure(workplace: Path) -> None:

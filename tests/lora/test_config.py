@@ -137,6 +137,7 @@ def test_options_become_arguments_of_our_own_process() -> None:
     ("name", "value", "expected"),
     [
         ("seed", -1, "a whole number >= 0"),
+        ("seed", 2**63, "a whole number < 2^63"),
         ("seed", True, "a whole number >= 0"),
         ("seed", 1.0, "a whole number >= 0"),
         ("dtype", "float16", "auto, float32 or bfloat16"),

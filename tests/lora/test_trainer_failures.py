@@ -64,6 +64,16 @@ def test_stdout_takes_the_place_of_an_empty_stderr(make_trainer: MakeTrainer) ->
     assert fail(make_trainer, "print('what went wrong')\nsys.exit(1)").stderr == "what went wrong"
 
 
+@pytest.mark.parametrize(("before", "n_steps", "told"), [("print('what went wrong')", 20, "what went wrong"), ("", 50, "")])
+def test_progress_is_no_complaint(make_trainer: MakeTrainer, before: str, n_steps: int, told: str) -> None:
+    event = "json.dumps({'event': 'step', 'step': n}, separators=(',', ':'))"
+    error = fail(
+        make_trainer, f"{before}\nfor n in range({n_steps}): print({event})\nsys.stdout.flush()\nos.kill(os.getpid(), signal.SIGKILL)"
+    )
+    assert error.stderr == told
+    assert ("(nothing was written to stderr)" in str(error)) is (not told)
+
+
 def test_a_silent_failure_says_that_nothing_was_written(make_trainer: MakeTrainer) -> None:
     assert "(nothing was written to stderr)" in str(fail(make_trainer, "os._exit(7)"))
 
@@ -84,6 +94,12 @@ def test_a_script_that_ends_well_without_an_adapter_has_failed(make_trainer: Mak
     assert "ended well (exit 0) but wrote no adapter into" in str(error)
 
 
+def test_a_script_may_not_write_the_record_of_the_model_itself(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    error = fail(make_trainer, WRITE_ADAPTER + "(output / 'trained_model.json').write_text('{}')")
+    assert "wrote trained_model.json into" in str(error)
+    assert [left.suffix for left in (tmp_path / "adapters").iterdir()] == [".failed"]
+
+
 def test_what_a_failed_script_left_is_put_aside_and_is_no_model(make_trainer: MakeTrainer, tmp_path: Path) -> None:
     fail(make_trainer, WRITE_ADAPTER + "(output / 'trained_model.json').write_text('{}')\nsys.exit(1)")
     (left,) = (tmp_path / "adapters").iterdir()
@@ -93,7 +109,7 @@ def test_what_a_failed_script_left_is_put_aside_and_is_no_model(make_trainer: Ma
     registry = LoraModelRegistry(tmp_path / "adapters")
     assert registry.list_models() == []
     assert registry.find_latest() is None
-    with pytest.raises(LoraTrainerError, match=r"no model 'latest' in .*; known: none"):
+    with pytest.raises(LoraTrainerError, match=r"no model 'latest' in .*; known: none; train one with `loraloop train --base MODEL`"):
         registry.get("latest")
 
 

@@ -9,7 +9,7 @@ import pytest
 from standin import MakeTrainer
 
 from loraloop.episode import EpisodeId, Failure, Message
-from loraloop.errors import ProcessFailed
+from loraloop.errors import EmptyData, ProcessFailed
 from loraloop.learn.conversation import ConversationLearn
 from loraloop.lora.config import TrainOptions
 from loraloop.lora.registry import LoraModelRegistry
@@ -62,6 +62,21 @@ def test_episodes_become_an_adapter_with_metrics_and_lineage(
     steps = [event for event in heard if event.event == "step"]
     assert [event.step for event in steps] == list(range(1, (len(trained) + 1) // 2 * 3 + 1))
     assert {event.event for event in heard} == {"note", "data", "held_out", "step", "saved"}
+
+
+def test_nothing_that_fits_is_empty_data_with_the_reasons(
+    make_trainer: MakeTrainer, tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    heard: list[TrainingEvent] = []
+    trainer = make_trainer(None, base_model=str(tiny_model("llama")), max_seq_length=16)
+    with pytest.raises(
+        EmptyData, match=r"none of 1 samples gave .* raise max_seq_length \(now 16\) \(refused: turn_too_long 1\)"
+    ) as failure:
+        trainer.train_sync(ConversationLearn(), on_event=heard.append)
+    assert failure.value.refused == {"turn_too_long": 1}
+    assert isinstance(failure.value.__cause__, ProcessFailed)
+    assert "empty" not in {event.event for event in heard}
+    assert list((tmp_path / "adapters").iterdir()) == []
 
 
 def test_what_stops_our_own_process_is_in_the_error(make_trainer: MakeTrainer, tmp_path: Path) -> None:

@@ -50,6 +50,7 @@ def functions(path: Path) -> list[ast.FunctionDef | ast.AsyncFunctionDef]:
 
 def test_public_names_are_these_and_sorted() -> None:
     assert loraloop.__all__ == sorted(PUBLIC)
+    assert dir(loraloop) == sorted(PUBLIC), "completion offers what is imported on first use too"
     for name in PUBLIC:
         assert getattr(loraloop, name) is not None
 

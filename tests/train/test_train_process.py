@@ -92,6 +92,7 @@ class Started:
 
     def finish(self) -> Trained:
         assert self.process.wait(timeout=240) == 0, (self.folder / "stderr").read_text()
+        assert "FutureWarning" not in (self.folder / "stderr").read_text(), "what others should change is no news to the user"
         output = self.folder / "work" / "out"
         record = TrainingRecord.model_validate_json((output / "training_record.json").read_bytes())
         return Trained(output, self.base, [json.loads(line) for line in self.said.splitlines()], record, len(self.connections))

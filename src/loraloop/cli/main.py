@@ -1,15 +1,17 @@
 """`loraloop`: recorded agent runs in, a better adapter out.
 
 Data goes to standard output, everything else to standard error. `--json` gives JSON and nothing else on standard output. Every
-command ends with the next one to type. Exit codes: 0 done, 1 it could not be done (the message says why), 2 wrong usage.
+command ends with the next one to type. Exit codes: 0 done, 1 it could not be done (the message says why), 2 wrong usage,
+128 + n ended by signal n.
 """
 
 from __future__ import annotations
 
 import logging
+import signal
 import sys
 from importlib.metadata import version
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -46,6 +48,10 @@ def _options(
 
 def main() -> None:
     """Run the command line; an error of ours becomes one message and exit code 1."""
+    for number in (signal.SIGTERM, signal.SIGHUP):  # so that what a command has begun, a training, ends with it
+        if signal.getsignal(number) is signal.SIG_DFL:  # nohup has SIGHUP ignored, and means it
+            signal.signal(number, _stop)
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # names of files need not be Unicode
     try:
         app()
     except LoraLoopError as error:
@@ -57,6 +63,14 @@ def main() -> None:
     except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
         sys.stderr.close()
         sys.exit(141)
+    except OSError as error:  # such as a full disk, or a folder of another user
+        sys.stderr.write(f"Error: {error}\n")
+        sys.exit(1)
+
+
+def _stop(number: int, _frame: object) -> NoReturn:
+    """Unwind as Ctrl-C does, and end with the exit code that a shell gives for the signal."""
+    sys.exit(128 + number)
 
 
 if __name__ == "__main__":

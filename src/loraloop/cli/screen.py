@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,9 +18,10 @@ if TYPE_CHECKING:
     from loraloop.training_record import DataReport, TrainingEvent
 
 DEFAULT_PROJECT = Path("loraloop-project")
+PROJECT_VARIABLE = "LORALOOP_PROJECT"
 
 ProjectOption = Annotated[
-    Path, typer.Option("--project", "-p", envvar="LORALOOP_PROJECT", help="The project directory; everything is kept in it.")
+    Path, typer.Option("--project", "-p", envvar=PROJECT_VARIABLE, help="The project directory; everything is kept in it.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="JSON on standard output, nothing else there.")]
 
@@ -40,19 +42,21 @@ def show_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
     """A table on standard output, as wide as its content where that is not a terminal."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(title=title, title_justify="left")
     for column in columns:
         table.add_column(column, overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(Text, row))  # never as markup: a task may be called [/red]
     width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160
     Console(highlight=False, width=width).print(table)
 
 
 def show_next(command: str, project: Path) -> None:
     """The next command to type, for the same project."""
-    named = f" --project {project}" if project != DEFAULT_PROJECT and "LORALOOP_PROJECT" not in os.environ else ""
+    unless_told = Path(os.environ.get(PROJECT_VARIABLE) or DEFAULT_PROJECT)
+    named = f" --project {shlex.quote(str(project))}" if project != unless_told else ""
     err().print(f"Next: {command}{named}", markup=False)
 
 
@@ -87,7 +91,7 @@ class TrainingScreen:
             TextColumn("training"),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[figures]}"),
+            TextColumn("{task.fields[figures]}", markup=False),
             TimeRemainingColumn(),
             console=err(),
         )
@@ -115,11 +119,16 @@ class TrainingScreen:
             say(f"{'warning: ' if event.event == 'warning' else ''}{event.message}", markup=False)
 
     def _step(self, event: TrainingEvent) -> None:
-        figures = f"loss {event.loss:.4f}  {event.tokens_per_s or 0:.0f} tokens/s"
+        """Shows what there is: a script of the user's own may tell no more than the step."""
+        loss = "" if event.loss is None else f"loss {event.loss:.4f}"
+        speed = "" if event.tokens_per_s is None else f"{event.tokens_per_s:.0f} tokens/s"
+        figures = "  ".join(figure for figure in (loss, speed) if figure)
         if self.task is None:
             self.task = self.progress.add_task("training", total=event.steps, figures=figures)
         self.progress.update(self.task, completed=event.step, figures=figures)
         share = 10 * (event.step or 0) // (event.steps or 1)
         if not self.progress.console.is_terminal and share > self.printed:  # a log wants lines, not a moving bar
             self.printed = share
-            self.progress.console.print(f"step {event.step}/{event.steps}  {figures}  {event.eta_s or 0:.0f} s left", markup=False)
+            left = "" if event.eta_s is None else f"{event.eta_s:.0f} s left"
+            told = [f"step {event.step}/{event.steps}", figures, left]
+            self.progress.console.print("  ".join(part for part in told if part), markup=False)

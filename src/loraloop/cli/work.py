@@ -49,7 +49,8 @@ def ingest(
     from loraloop.project import Project
 
     reports: list[IngestReport] = []
-    with Project(project) as opened, Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), console=err()) as bars:
+    columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn()
+    with Project(project) as opened, Progress(*columns, console=err()) as bars:
         tasks: dict[Path, TaskID] = {}
 
         def on_progress(path: Path, done: int, total: int | None) -> None:
@@ -59,6 +60,7 @@ def ingest(
 
         for report in opened.ingest(paths, format_name, on_progress):
             reports.append(report)
+            on_progress(Path(report.path), report.read, report.read)  # how many there were may only be known at the end
             if as_json:
                 write_line(json_line(report.to_json()))
     _show_ingested(reports, as_json=as_json)

@@ -87,6 +87,13 @@ def ingest_file(
     )
 
 
+def refuse_file(path: Path, error: ImportFailed) -> IngestReport:
+    """The report of a file that cannot be read as episodes: one entry, refused as `unreadable_file` with what `error` says first."""
+    detail = f"{str(error).splitlines()[0]}; if nothing in it is to be learned, leave the file out"
+    refusal = Refusal(reason="unreadable_file", detail=detail)
+    return IngestReport(path=str(path), format="unknown", read=1, refused={refusal.reason: 1}, refusals=(refusal,))
+
+
 def detect(path: Path) -> Importer:
     """The importer for `path`, told from its first 64 KiB. Raises ImportFailed when none or several recognise it."""
     try:

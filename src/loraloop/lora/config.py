@@ -74,7 +74,7 @@ class TrainOptions:
     """Options of loraloop's own training process; a `train_script` never sees them. Raises SettingsError like the configuration."""
 
     seed: int = 0
-    """Of the adapter's first weights, the order of samples, and dropout; at least 0."""
+    """Of the adapter's first weights, the order of samples, and dropout; 0 <= seed < 2^63."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the base weights; auto is bfloat16 where the hardware computes in it."""
     max_steps: int | None = None
@@ -92,6 +92,8 @@ class TrainOptions:
 
     def __post_init__(self) -> None:
         _check_int("seed", self.seed, 0)
+        if self.seed >= 2**63:
+            raise SettingsError(f"seed={self.seed}: expected a whole number < 2^63")
         if self.dtype not in ("auto", "float32", "bfloat16"):
             raise SettingsError(f"dtype={self.dtype!r}: expected auto, float32 or bfloat16")
         if self.engine not in ("tree", "dense"):

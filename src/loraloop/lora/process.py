@@ -21,13 +21,15 @@ from loraloop.errors import TAIL_LINES, ProcessFailed
 MAX_LINE = 4_000
 """Characters of one line that are looked at or shown; the log has all of them."""
 SECONDS_TO_END = 10.0
+EVENT = '{"event":'
+"""How a line begins that tells of progress, which is no complaint."""
 
 
 async def run_process(argv: Sequence[str], log_path: Path, on_line: Callable[[str], None]) -> None:
     """Run `argv` to its end; `on_line` hears every line of its stdout.
 
-    Raises ProcessFailed for an exit code other than 0, with the last lines of stderr (of stdout when stderr is empty), and whatever
-    `on_line` raises.
+    Raises ProcessFailed for an exit code other than 0, with the last lines of stderr (of stdout when stderr is empty, events left
+    out), and whatever `on_line` raises.
     """
     out, err = _Lines(on_line), _Lines()
     with log_path.open("ab") as log:
@@ -50,7 +52,8 @@ async def run_process(argv: Sequence[str], log_path: Path, on_line: Callable[[st
         raise child.failure
     code = transport.get_returncode()
     if code:
-        raise ProcessFailed(code, "\n".join(err.tail or out.tail), log_path)
+        said = err.tail or [line for line in out.tail if not line.startswith(EVENT)]
+        raise ProcessFailed(code, "\n".join(said), log_path)
 
 
 class _Lines:

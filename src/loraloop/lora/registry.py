@@ -44,7 +44,8 @@ class LoraModelRegistry:
         if model_id not in known:
             near = difflib.get_close_matches(model_id, known, n=1)
             hint = f" Did you mean {near[0]}?" if near else ""
-            raise LoraTrainerError(f"no model {model_id!r} in {self.directory}; known: {', '.join(known[-5:]) or 'none'}.{hint}")
+            there = ", ".join(known[-5:]) or "none; train one with `loraloop train --base MODEL`"
+            raise LoraTrainerError(f"no model {model_id!r} in {self.directory}; known: {there}.{hint}")
         return self._load(self.directory / model_id / MODEL_FILE)
 
     def find_latest(self, learn_model_name: str | None = None) -> TrainedModel | None:

@@ -29,7 +29,7 @@ from loraloop.files import json_line, write_jsonl
 from loraloop.lora.config import LoraTrainerConfig, TrainOptions
 from loraloop.lora.model import LoraModelId, TrainedModel, TrainingMetrics
 from loraloop.lora.process import run_process
-from loraloop.lora.registry import LoraModelRegistry
+from loraloop.lora.registry import MODEL_FILE, LoraModelRegistry
 from loraloop.plugins import EpisodeStore, LearnModel
 from loraloop.training_data import Refusal, TrainingData, split_by_task
 from loraloop.training_record import RECORD_FILE, TrainingEvent, TrainingRecord
@@ -168,8 +168,9 @@ class LoraTrainer:
     ) -> Path:
         """Run the training process on a file; gives `output_dir/<adapter_name>`, which then holds the adapter.
 
-        Raises ScriptNotFound; ProcessFailed when the process ends badly or leaves no adapter. What a failed process left behind is
-        moved to `<adapter_name>.failed`, so that nothing looks finished that is not.
+        Raises ScriptNotFound; EmptyData when the process says that it has nothing to train on; ProcessFailed when it ends badly
+        otherwise or leaves no adapter. What a failed process left behind is moved to `<adapter_name>.failed`, so that nothing looks
+        finished that is not.
         """
         self._check_script()
         _check_name(adapter_name)
@@ -184,12 +185,22 @@ class LoraTrainer:
         log_path = data_path.with_name("training.log")
         argv = self._argv(data_path, output, held_out_path)
         log.info("stage=train model=%s script=%s log=%s", adapter_name, self._config.train_script or "loraloop.train", log_path)
+        empty: list[TrainingEvent] = []
+
+        def hear(event: TrainingEvent) -> None:
+            if event.event == "empty":
+                empty.append(event)
+            elif on_event is not None:
+                on_event(event)
+
         try:
-            await run_process(argv, log_path, lambda line: _hear(line, on_event))
+            await run_process(argv, log_path, lambda line: _hear(line, hear))
             self._check_adapter(output, log_path)
-        except BaseException:
+        except BaseException as error:
             if output.exists():
                 output.rename(failed)
+            if isinstance(error, ProcessFailed) and empty:
+                raise EmptyData(empty[-1].message or "nothing to train on", empty[-1].refused) from error
             raise
         return output
 
@@ -221,7 +232,10 @@ class LoraTrainer:
             raise ScriptNotFound(script)
 
     def _check_adapter(self, output: Path, log_path: Path) -> None:
-        """A folder with something in it from a script, PEFT's two files from our own process."""
+        """A folder with something in it from a script, PEFT's two files from our own process; the model's record comes from us."""
+        if (output / MODEL_FILE).exists():
+            reason = f"the training process wrote {MODEL_FILE} into {output}; that is the name of loraloop's own record, choose another"
+            raise ProcessFailed(0, "", log_path, reason)
         needed = ["adapter_config.json", "adapter_model.safetensors"] if self._config.train_script is None else ["*"]
         for pattern in needed:
             if not any(file.is_file() and file.stat().st_size for file in output.glob(pattern)):
@@ -299,7 +313,7 @@ def _check_name(name: str) -> None:
         raise LoraTrainerError(f"{name!r} is no name for a folder; use a LoraModelId")
 
 
-def _hear(line: str, on_event: OnEvent | None) -> None:
+def _hear(line: str, on_event: OnEvent) -> None:
     """Pass on what is an event; anything else on stdout is log."""
     if not line.startswith("{"):
         log.debug("child %s", line)
@@ -309,8 +323,7 @@ def _hear(line: str, on_event: OnEvent | None) -> None:
     except (ValueError, RecursionError):  # also pydantic's ValidationError: a script's own JSON
         log.debug("child %s", line)
         return
-    if on_event is not None:
-        on_event(event)
+    on_event(event)
 
 
 def _load_record(path: Path) -> TrainingRecord | None:

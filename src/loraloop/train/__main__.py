@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 
 from loraloop.base_model import tune_process
-from loraloop.errors import LoraLoopError
+from loraloop.errors import EmptyData, LoraLoopError
 from loraloop.train.arguments import parse_arguments
 from loraloop.train.progress import emit
+from loraloop.training_record import TrainingEvent
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -17,11 +19,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     tune_process()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # meant for peft; it would stand in every error
     from loraloop.train.run import run  # torch only loads once the arguments are known to be right
 
     try:
         run(arguments, emit)
     except (LoraLoopError, OSError, ValueError) as error:
+        if isinstance(error, EmptyData):
+            emit(TrainingEvent(event="empty", message=error.message, refused=error.refused))
         sys.stderr.write(f"{type(error).__name__}: {error}\n")
         return 1
     return 0

@@ -1,0 +1,89 @@
+"""A project: which dataset is meant, and files that are no episodes among those that are."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from loraloop.dataset import MANIFEST_FILE, TRAIN_FILE
+from loraloop.errors import DatasetError, ImportFailed
+from loraloop.project import Project
+from loraloop.testing import make_episode
+
+CHAT = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "%s"}]}\n'
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Iterator[Project]:
+    """A project with ten solved tasks."""
+    with Project(tmp_path / "project") as opened:
+        opened.store.append_many([make_episode(task_id=str(number)) for number in range(10)])
+        yield opened
+
+
+def backdate(project: Project, seconds: float) -> None:
+    """Make all that is built so far look older than a clock's resolution."""
+    for manifest in (project.directory / "datasets").glob(f"*/{MANIFEST_FILE}"):
+        before = manifest.stat().st_mtime - seconds
+        os.utime(manifest, (before, before))
+
+
+def test_what_was_built_last_is_trained_on_even_when_it_was_there_before(project: Project) -> None:
+    first = project.build()
+    backdate(project, 10)
+    second = project.build(held_out_fraction=0.6)
+    assert first.id != second.id
+    assert project.get_dataset() == second
+    backdate(project, 10)
+    assert project.build() == first
+    assert project.get_dataset() == first
+    assert [dataset.id for dataset in project.list_datasets()] == [second.id, first.id]
+
+
+def test_a_damaged_dataset_stops_only_what_needs_it(project: Project) -> None:
+    damaged = project.build()
+    (damaged.path / TRAIN_FILE).write_text("")
+    good = project.build(held_out_fraction=0.6)
+    assert project.get_dataset(good.id) == good
+    with pytest.raises(DatasetError, match=rf"remove .*{damaged.id} and build the dataset again"):
+        project.get_dataset(damaged.id)
+
+
+def test_an_id_may_be_cut_short_while_it_means_one_dataset(project: Project) -> None:
+    with pytest.raises(DatasetError, match="make one with `loraloop build`"):
+        project.get_dataset()
+    with pytest.raises(DatasetError, match="0 datasets begin with 'x'; known: none; make one with `loraloop build`"):
+        project.get_dataset("x")
+    first, second = project.build(), project.build(held_out_fraction=0.6)
+    assert project.get_dataset(first.id[:20]) == first
+    with pytest.raises(DatasetError, match=rf"2 datasets begin with ''; known: .*{second.id}"):
+        project.get_dataset("")
+
+
+def test_a_file_that_is_no_episodes_costs_none_of_the_others(project: Project, tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    (runs / "a.jsonl").write_text(CHAT % "first")
+    (runs / "b.json").write_text('{"some": "settings"}')
+    (runs / "c.json").write_text('[{"task_id": 1, "reward": 1, "traj": [')  # a run that is still written
+    (runs / "d.jsonl").write_text(CHAT % "last")
+    reports = list(project.ingest([runs]))
+    assert [(Path(report.path).name, report.stored, report.refused) for report in reports] == [
+        ("a.jsonl", 1, {}),
+        ("b.json", 0, {"unreadable_file": 1}),
+        ("c.json", 0, {"unreadable_file": 1}),
+        ("d.jsonl", 1, {}),
+    ]
+    for report in reports:
+        assert report.read == report.stored + report.duplicates + sum(report.refused.values())
+    assert "b.json: no known format fits" in reports[1].refusals[0].detail
+    assert "check that the file is complete" in reports[2].refusals[0].detail
+
+
+def test_a_file_that_is_no_episodes_and_is_the_only_one_is_an_error(project: Project, tmp_path: Path) -> None:
+    (tmp_path / "b.json").write_text('{"some": "settings"}')
+    with pytest.raises(ImportFailed, match="no known format fits"):
+        list(project.ingest([tmp_path / "b.json"]))
