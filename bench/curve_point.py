@@ -30,6 +30,10 @@ from loraloop.episode import Frozen
 from loraloop.files import write_atomic
 
 Curve = Literal["ratio", "size", "samples", "blocks"]
+WARM_UP_SAMPLES = 12
+"""The untimed step is over so many samples at most: enough to touch all memory that a path, a block and the head take."""
+QUIET = 0.1
+"""A step is taken again when others had more than this share of the machine's processor time, as often as there are steps to take."""
 TRAINED_SHARE = 16
 """One token of so many is supervised: the last ones of each sample, as the agent's turn at the end of its history is."""
 
@@ -47,7 +51,7 @@ class Point(Frozen):
     block_rows: int | None = None
     """Rows of a block, at most; None is what `memory.make_plan` takes."""
     repeats: int = 3
-    """Timed steps, behind one that is not."""
+    """Timed steps that count, behind one that is not."""
     seed: int = 0
 
 
@@ -59,6 +63,9 @@ class PointResult(Frozen):
     computed_tokens: int
     """Distinct prefixes for the tree engine, else the logical tokens; counted apart from the engine."""
     step_seconds: list[float]
+    """Of the steps that count: those during which other processes computed least."""
+    other_share: list[float]
+    """Of the machine's processor time during each of them, what other processes had; 0 where the system does not say."""
     loading_rss_mb: float
     """The most resident memory until the model was loaded."""
     loaded_rss_mb: float
@@ -124,21 +131,27 @@ def measure(model: Any, point: Point) -> PointResult:
     loading = peak_rss_mb()
     _forget_peak()
     loaded = peak_rss_mb()
-    step, plan = _open_engine(model, [row.to_row() for row in rows], point)
+    samples = [row.to_row() for row in rows]
+    backward, plan = _open_engine(model, samples, point)
     optimizer = torch.optim.AdamW([parameter for _, parameter in adapter_parameters(model)], lr=1e-4, weight_decay=0.0)
-    seconds: list[float] = []
-    for _ in range(1 + point.repeats):
-        started = time.perf_counter()
-        step()
+
+    def step(some: Sequence[Row]) -> None:
+        backward(some)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        seconds.append(time.perf_counter() - started)
+
+    step(samples[:WARM_UP_SAMPLES])
+    steps: list[tuple[float, float]] = []  # (share of others, seconds)
+    while len(steps) < 2 * point.repeats and sum(share <= QUIET for share, _ in steps) < point.repeats:
+        steps.append(_time(lambda: step(samples)))
+    steps = sorted(steps)[: point.repeats]
     n_logical = point.n_samples * point.length
     return PointResult(
         point=point,
         logical_tokens=n_logical,
         computed_tokens=count_shared(rows).computed_tokens if point.engine == "tree" else n_logical,
-        step_seconds=seconds[1:],
+        step_seconds=[seconds for _, seconds in steps],
+        other_share=[round(share, 3) for share, _ in steps],
         loading_rss_mb=round(loading, 1),
         loaded_rss_mb=round(loaded, 1),
         peak_rss_mb=round(peak_rss_mb(), 1),
@@ -146,8 +159,27 @@ def measure(model: Any, point: Point) -> PointResult:
     )
 
 
-def _open_engine(model: Any, rows: Sequence[Row], point: Point) -> tuple[Callable[[], float], str]:
-    """(what computes the loss and gradient of `rows`, words about it)."""
+def _time(work: Callable[[], None]) -> tuple[float, float]:
+    """(share of the machine's processor time that other processes had meanwhile, seconds)."""
+    busy, own = _busy_seconds(), sum(os.times()[:2])
+    started = time.perf_counter()
+    work()
+    seconds = time.perf_counter() - started
+    others = _busy_seconds() - busy - (sum(os.times()[:2]) - own)
+    return max(0.0, others / seconds / (os.cpu_count() or 1)), seconds
+
+
+def _busy_seconds() -> float:
+    """Processor time that all processes have had; 0 where the system does not say."""
+    try:
+        user, nice, system, _, _, *more = map(int, Path("/proc/stat").read_text(encoding="ascii").split("\n", 1)[0].split()[1:])
+    except OSError:
+        return 0.0
+    return (user + nice + system + sum(more[:2])) / os.sysconf("SC_CLK_TCK")
+
+
+def _open_engine(model: Any, rows: Sequence[Row], point: Point) -> tuple[Callable[[Sequence[Row]], float], str]:
+    """(what computes the loss and gradient of some of `rows`, words about it)."""
     from loraloop.train.architecture import read_architecture
     from loraloop.train.arithmetic import choose_arithmetic
     from loraloop.train.dense import DenseEngine
@@ -157,7 +189,7 @@ def _open_engine(model: Any, rows: Sequence[Row], point: Point) -> tuple[Callabl
     model.train()
     if point.engine == "dense":
         dense = DenseEngine(model, DENSE_BATCH)
-        return lambda: dense.backward(rows), f"micro-batches of at most {DENSE_BATCH} rows"
+        return dense.backward, f"micro-batches of at most {DENSE_BATCH} rows"
     architecture = read_architecture(model)
     arithmetic, _ = choose_arithmetic(architecture.dtype)
     plan, words = make_plan(architecture, rows, len(rows), None)
@@ -165,7 +197,7 @@ def _open_engine(model: Any, rows: Sequence[Row], point: Point) -> tuple[Callabl
         plan = replace(plan, block_rows=point.block_rows, path_rows=0)
         words = f"blocks of {plan.block_rows} tokens, keeping {plan.keep.name}"
     tree = TreeEngine(architecture, plan, arithmetic)
-    return lambda: tree.backward(rows), f"{arithmetic.name}: {words}"
+    return tree.backward, f"{arithmetic.name}: {words}"
 
 
 def _forget_peak() -> None:

