@@ -161,25 +161,29 @@ INLINE void multiply_amx(float *c, int64_t down, int64_t right, Operand a, Opera
   __asm__ volatile("" ::: "memory");
 }
 
+/* One tile of c = or += a b with AVX512-BF16. */
+INLINE void multiply_tile(float *c, const bf16 *a, int64_t a_inner, const int *a_steps, const bf16 *b, int64_t b_inner, const int *b_steps,
+                          int n, int add) {
+  __m512 sum[16];
+  for (int m = 0; m < 16; m++) sum[m] = add ? _mm512_load_ps(c + 16 * m) : _mm512_setzero_ps();
+  for (int k = 0; k < n; k++) {
+    const bf16 *ak = a + a_steps[k] * a_inner, *bk = b + b_steps[k] * b_inner;
+    for (int p = 0; p < 16; p++) {
+      const __m512bh column = (__m512bh)_mm512_load_si512((const void *)(bk + 32 * p));
+      for (int m = 0; m < 16; m++) {
+        int32_t pair;
+        memcpy(&pair, ak + 32 * m + 2 * p, 4);
+        sum[m] = _mm512_dpbf16_ps(sum[m], (__m512bh)_mm512_set1_epi32(pair), column);
+      }
+    }
+  }
+  for (int m = 0; m < 16; m++) _mm512_store_ps(c + 16 * m, sum[m]);
+}
+
 INLINE void multiply_avx(float *c, int64_t down, int64_t right, Operand a, Operand b, int n, int add) {
   for (int i = 0; i < 2; i++)
-    for (int j = 0; j < 2; j++) {
-      float *tile = c + i * down + j * right;
-      __m512 sum[16];
-      for (int m = 0; m < 16; m++) sum[m] = add ? _mm512_load_ps(tile + 16 * m) : _mm512_setzero_ps();
-      for (int k = 0; k < n; k++) {
-        const bf16 *ak = a.at + a.steps[k] * a.inner + i * a.outer, *bk = b.at + b.steps[k] * b.inner + j * b.outer;
-        for (int p = 0; p < 16; p++) {
-          const __m512bh column = (__m512bh)_mm512_load_si512((const void *)(bk + 32 * p));
-          for (int m = 0; m < 16; m++) {
-            int32_t pair;
-            memcpy(&pair, ak + 32 * m + 2 * p, 4);
-            sum[m] = _mm512_dpbf16_ps(sum[m], (__m512bh)_mm512_set1_epi32(pair), column);
-          }
-        }
-      }
-      for (int m = 0; m < 16; m++) _mm512_store_ps(tile + 16 * m, sum[m]);
-    }
+    for (int j = 0; j < 2; j++)
+      multiply_tile(c + i * down + j * right, a.at + i * a.outer, a.inner, a.steps, b.at + j * b.outer, b.inner, b.steps, n, add);
 }
 
 /* c (2 x 2 tiles of float, `down` and `right` apart) = or += a b, over n inner steps. */
@@ -188,6 +192,28 @@ INLINE void multiply(int amx, float *c, int64_t down, int64_t right, Operand a, 
     multiply_amx(c, down, right, a, b, n, add);
   else
     multiply_avx(c, down, right, a, b, n, add);
+}
+
+/* c (1 x 2 tiles, `right` apart) = a b over n inner steps. Short, so that it runs in the tile unit beside vector code that follows. */
+INLINE void multiply_row(int amx, float *c, int64_t right, Operand a, Operand b, int n) {
+  if (!amx) {
+    for (int j = 0; j < 2; j++) multiply_tile(c + j * right, a.at, a.inner, a.steps, b.at + j * b.outer, b.inner, b.steps, n, 0);
+    return;
+  }
+  __asm__ volatile("" ::: "memory");
+  _tile_zero(4);
+  _tile_zero(5);
+  for (int k = 0; k < n; k++) {
+    const bf16 *bk = b.at + b.steps[k] * b.inner;
+    _tile_loadd(6, a.at + a.steps[k] * a.inner, 64);
+    _tile_loadd(7, bk, 64);
+    _tile_dpbf16ps(4, 6, 7);
+    _tile_loadd(7, bk + b.outer, 64);
+    _tile_dpbf16ps(5, 6, 7);
+  }
+  _tile_stored(4, c, 64);
+  _tile_stored(5, c + right, 64);
+  __asm__ volatile("" ::: "memory");
 }
 
 /* Eight tiles of 16 rows of 64 bytes. What the thread had set is put back: another library may think that it still holds. */
@@ -277,14 +303,29 @@ INLINE __m512i two_rows(__m512 first, __m512 second) { return (__m512i)_mm512_cv
 
 typedef struct {
   bf16 *q;      /* q^T as B, one group */
-  float *score; /* [CHUNK][2 key tiles][2 query tiles] */
+  float *score; /* two chunks, [CHUNK][2 key tiles][2 query tiles] */
   bf16 *p;      /* the probabilities as B, [CHUNK][2 query tiles] */
   float *out;   /* out^T, [dim / 16][2 query tiles] */
   int *seen;    /* the groups of keys that this group of queries sees */
 } ForwardScratch;
 
+/* The chunk of scores that comes next: its products run in the tile unit while the vector units do the exponentials of this one. */
+typedef struct {
+  int amx, n, dk;
+  float *score;
+  const bf16 *k, *q;
+  const int *seen;
+} Next;
+
+/* Half of one group's scores: 16 keys, 32 queries. */
+INLINE void score_half(const Next *x, int group, int half) {
+  multiply_row(x->amx, x->score + (4 * group + 2 * half) * 256, 256,
+               OPERAND(x->k + (2 * x->seen[group] + half) * x->dk * TILE, 0, TILE, IDENTITY),
+               OPERAND(x->q, x->dk * TILE, TILE, IDENTITY), x->dk);
+}
+
 /* Scores of one tile of 16 queries against a chunk of n groups of keys, to probabilities; returns the factor for what was summed before. */
-INLINE __m512 soften(const float *score, bf16 *p, int n, float scale, __m512 *top, __m512 *sum) {
+INLINE __m512 soften(const float *score, bf16 *p, int n, float scale, __m512 *top, __m512 *sum, const Next *next, int half) {
   __m512 m[4] = {*top, *top, *top, *top};
   for (int g = 0; g < n; g++)
     for (int t = 0; t < 2; t++) {
@@ -297,7 +338,8 @@ INLINE __m512 soften(const float *score, bf16 *p, int n, float scale, __m512 *to
   const __m512 shift = _mm512_mul_ps(new_top, factor);
   const __m512 alpha = exp2_ps(_mm512_fmsub_ps(*top, factor, shift));
   __m512 s[2] = {_mm512_mul_ps(*sum, alpha), _mm512_setzero_ps()};
-  for (int g = 0; g < n; g++)
+  for (int g = 0; g < n; g++) {
+    if (g < next->n) score_half(next, g, half);
     for (int t = 0; t < 2; t++) {
       const float *tile = score + (4 * g + 2 * t) * 256;
       bf16 *to = p + 2 * g * TILE + 256 * t;
@@ -310,6 +352,7 @@ INLINE __m512 soften(const float *score, bf16 *p, int n, float scale, __m512 *to
         _mm512_store_si512((void *)(to + 16 * r), interleaved(two_rows(first, second)));
       }
     }
+  }
   *top = new_top;
   *sum = _mm512_add_ps(s[0], s[1]);
   return alpha;
@@ -335,16 +378,18 @@ INLINE void forward_group(int amx, const Call *c, const Mask *m, ForwardScratch 
   for (int g = 0; g < m->n_key_groups; g++)
     if (sees_any(m->spans[g], q0, q1)) w.seen[n_seen++] = g;
   __m512 top[2] = {_mm512_set1_ps(-1e30f), _mm512_set1_ps(-1e30f)}, sum[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+  Next next = {amx, smaller(CHUNK, n_seen), dk, w.score, k, w.q, w.seen};
+  for (int g = 0; g < 2 * next.n; g++) score_half(&next, g / 2, g % 2);
   for (int from = 0; from < n_seen; from += CHUNK) {
-    const int n = smaller(CHUNK, n_seen - from), *seen = w.seen + from;
-    for (int g = 0; g < n; g++) {
-      float *score = w.score + 4 * g * 256;
-      multiply(amx, score, 512, 256, OPERAND(k + seen[g] * 2 * dk * TILE, dk * TILE, TILE, IDENTITY),
-               OPERAND(w.q, dk * TILE, TILE, IDENTITY), dk, 0);
-      if (!sees_all(m->spans[seen[g]], q0, q1)) hide(m, score, seen[g], q0);
-    }
+    const int n = next.n, *seen = next.seen;
+    float *score = next.score;
+    for (int g = 0; g < n; g++)
+      if (!sees_all(m->spans[seen[g]], q0, q1)) hide(m, score + 4 * g * 256, seen[g], q0);
+    next.n = larger(0, smaller(CHUNK, n_seen - from - CHUNK));
+    next.seen = seen + CHUNK;
+    next.score = w.score + (score == w.score ? CHUNK * 4 * 256 : 0);
     for (int j = 0; j < 2; j++) {
-      const __m512 alpha = soften(w.score + 256 * j, w.p + TILE * j, n, c->scale, &top[j], &sum[j]);
+      const __m512 alpha = soften(score + 256 * j, w.p + TILE * j, n, c->scale, &top[j], &sum[j], &next, j);
       if (from && _mm512_cmp_ps_mask(alpha, _mm512_set1_ps(1.0f), _CMP_NEQ_UQ))
         for (int d = 0; d < 2 * dk; d++)
           for (int r = 0; r < 16; r++) {
@@ -369,7 +414,7 @@ INLINE void forward_group(int amx, const Call *c, const Mask *m, ForwardScratch 
 
 static size_t forward_bytes(const Call *c) {
   const size_t dt = 2 * ((c->dim + 31) / 32);
-  const size_t bytes = dt * TILE * sizeof(bf16) + CHUNK * (4 * 256 * sizeof(float) + 2 * TILE * sizeof(bf16)) +
+  const size_t bytes = dt * TILE * sizeof(bf16) + CHUNK * (8 * 256 * sizeof(float) + 2 * TILE * sizeof(bf16)) +
                        dt * 2 * 256 * sizeof(float) + (c->n_keys / 32 + 1) * sizeof(int);
   return (bytes + 1024) & ~(size_t)63;
 }
@@ -393,7 +438,7 @@ INLINE void forward(int amx, const Call *c, const Mask *m, const bf16 *q, const 
     char *at = scratch + omp_get_thread_num() * each;
     ForwardScratch w;
     w.q = take(&at, one * sizeof(bf16));
-    w.score = take(&at, CHUNK * 4 * 256 * sizeof(float));
+    w.score = take(&at, CHUNK * 8 * 256 * sizeof(float));
     w.p = take(&at, CHUNK * 2 * TILE * sizeof(bf16));
     w.out = take(&at, 2 * dk * 2 * 256 * sizeof(float));
     w.seen = take(&at, m->n_key_groups * sizeof(int));
@@ -437,14 +482,29 @@ typedef struct {
 } Packed;
 
 typedef struct {
-  float *score, *d_p;            /* 2 x 2 tiles */
+  float *score, *d_p;            /* 2 x 2 tiles, twice: what is worked on, and what the tile unit makes meanwhile */
   bf16 *p, *ds, *dst;            /* p^T and dS^T as A: [2 KEYS key tiles][QUERIES query groups]; dS^T as B: [KEYS][QUERIES][2] */
   float *dk, *dv;                /* [2 KEYS key tiles][dim / 16] */
 } BackwardScratch;
 
+/* The scores and d_p of the pair of groups that comes next; NULL tiles where none does. */
+typedef struct {
+  int amx, dk;
+  const bf16 *k, *v, *q, *d_out;
+  float *score, *d_p;
+} NextPair;
+
+/* A quarter of the pair's products: 16 keys, 32 queries, of scores or of d_p. */
+INLINE void score_quarter(const NextPair *x, int quarter) {
+  const int half = quarter & 1;
+  multiply_row(x->amx, (quarter < 2 ? x->score : x->d_p) + 512 * half, 256,
+               OPERAND((quarter < 2 ? x->k : x->v) + half * x->dk * TILE, 0, TILE, IDENTITY),
+               OPERAND(quarter < 2 ? x->q : x->d_out, x->dk * TILE, TILE, IDENTITY), x->dk);
+}
+
 /* One group of keys against one of queries: from scores and d_p to p and dS. The columns of dS^T as B come in the order of
    `query_of`: interleaving whole rows within 128 bits costs a third of putting them in order. */
-INLINE void soften_backward(const Mask *m, BackwardScratch w, const float *lse, const float *delta, float scale, int masked, int key,
+INLINE void soften_backward(const Mask *m, const float *score, const float *d_p, const NextPair *next, const float *lse, const float *delta, float scale, int masked, int key,
                             int query, bf16 *p, bf16 *ds, bf16 *dst) {
   const __m512 factor = _mm512_set1_ps(scale * 1.44269504088896341f), by = _mm512_set1_ps(scale);
   const __m512 lse0 = _mm512_load_ps(lse), lse1 = _mm512_load_ps(lse + 16);
@@ -452,18 +512,19 @@ INLINE void soften_backward(const Mask *m, BackwardScratch w, const float *lse, 
   const __m512i queries0 = lanes_from(query), queries1 = lanes_from(query + 16);
   for (int t = 0; t < 2; t++)
     for (int r = 0; r < 16; r += 2) {
+      if (r % 8 == 0 && next) score_quarter(next, 2 * t + r / 8);
       __m512i rows[2];
 #pragma GCC unroll 2
       for (int o = 0; o < 2; o++) {
         const int at = 512 * t + 16 * (r + o);
-        __m512 p0 = exp2_ps(_mm512_fmsub_ps(_mm512_load_ps(w.score + at), factor, lse0));
-        __m512 p1 = exp2_ps(_mm512_fmsub_ps(_mm512_load_ps(w.score + at + 256), factor, lse1));
+        __m512 p0 = exp2_ps(_mm512_fmsub_ps(_mm512_load_ps(score + at), factor, lse0));
+        __m512 p1 = exp2_ps(_mm512_fmsub_ps(_mm512_load_ps(score + at + 256), factor, lse1));
         if (masked) {
           p0 = _mm512_maskz_mov_ps(seen_by(m, key + 16 * t + r + o, queries0), p0);
           p1 = _mm512_maskz_mov_ps(seen_by(m, key + 16 * t + r + o, queries1), p1);
         }
-        const __m512 ds0 = _mm512_mul_ps(p0, _mm512_fmsub_ps(_mm512_load_ps(w.d_p + at), by, delta0));
-        const __m512 ds1 = _mm512_mul_ps(p1, _mm512_fmsub_ps(_mm512_load_ps(w.d_p + at + 256), by, delta1));
+        const __m512 ds0 = _mm512_mul_ps(p0, _mm512_fmsub_ps(_mm512_load_ps(d_p + at), by, delta0));
+        const __m512 ds1 = _mm512_mul_ps(p1, _mm512_fmsub_ps(_mm512_load_ps(d_p + at + 256), by, delta1));
         _mm512_store_si512((void *)(p + t * QUERIES * TILE + 32 * (r + o)), two_rows(p0, p1));
         rows[o] = two_rows(ds0, ds1);
         _mm512_store_si512((void *)(ds + t * QUERIES * TILE + 32 * (r + o)), rows[o]);
@@ -484,6 +545,18 @@ static void wait_turn(int32_t *turn, int32_t rank) {
       sched_yield();
 }
 
+/* soften_backward of the pair `at` (key group of the block * QUERIES + query group) of a head, with or without a mask. */
+INLINE void soften_pair(const Call *c, const Mask *m, const Packed *x, BackwardScratch w, const NextPair *now, const NextPair *next, int head,
+                        int key_group, int query_group, int at) {
+  const int q0 = 32 * query_group, q1 = smaller(q0 + 32, c->n_queries);
+  const float *lse = x->lse + ((int64_t)head * m->n_query_groups * 32 + q0), *delta = x->delta + (lse - x->lse);
+  const int64_t row = (at / QUERIES * 2 * QUERIES + at % QUERIES) * TILE;
+  if (sees_all(m->spans[key_group], q0, q1))
+    soften_backward(m, now->score, now->d_p, next, lse, delta, c->scale, 0, 32 * key_group, q0, w.p + row, w.ds + row, w.dst + at * 2 * TILE);
+  else
+    soften_backward(m, now->score, now->d_p, next, lse, delta, c->scale, 1, 32 * key_group, q0, w.p + row, w.ds + row, w.dst + at * 2 * TILE);
+}
+
 /* What one block of keys of one key-value head gives and gets from one block of queries of one head. */
 INLINE void backward_pair(int amx, const Call *c, const Mask *m, const Packed *x, BackwardScratch w, int kv_head, int head, int key_block,
                           int query_block) {
@@ -493,6 +566,7 @@ INLINE void backward_pair(int amx, const Call *c, const Mask *m, const Packed *x
   const int64_t one = (int64_t)dt * TILE, key_at = (int64_t)(kv_head * m->n_key_groups + kg0) * one;
   const int64_t query_at = ((int64_t)head * m->n_query_groups + qg0) * one;
   int by_key[KEYS][QUERIES], n_by_key[KEYS] = {0}, by_query[QUERIES][KEYS], n_by_query[QUERIES] = {0};
+  int pairs[KEYS * QUERIES], n_pairs = 0;
   for (int qg = 0; qg < qgs; qg++)
     for (int kg = 0; kg < kgs; kg++) {
       const int q0 = 32 * (qg0 + qg), q1 = smaller(q0 + 32, c->n_queries);
@@ -500,17 +574,20 @@ INLINE void backward_pair(int amx, const Call *c, const Mask *m, const Packed *x
       if (!sees_any(span, q0, q1)) continue;
       by_key[kg][n_by_key[kg]++] = qg;
       by_query[qg][n_by_query[qg]++] = kg;
-      multiply(amx, w.score, 512, 256, OPERAND(x->ka + key_at + kg * one, dk * TILE, TILE, IDENTITY),
-               OPERAND(x->qt + query_at + qg * one, dk * TILE, TILE, IDENTITY), dk, 0);
-      multiply(amx, w.d_p, 512, 256, OPERAND(x->va + key_at + kg * one, dk * TILE, TILE, IDENTITY),
-               OPERAND(x->ot + query_at + qg * one, dk * TILE, TILE, IDENTITY), dk, 0);
-      const float *lse = x->lse + ((int64_t)head * m->n_query_groups * 32 + q0), *delta = x->delta + (lse - x->lse);
-      bf16 *p = w.p + (2 * kg * QUERIES + qg) * TILE, *ds = w.ds + (p - w.p), *dst = w.dst + (kg * QUERIES + qg) * 2 * TILE;
-      if (sees_all(span, q0, q1))
-        soften_backward(m, w, lse, delta, c->scale, 0, 32 * (kg0 + kg), q0, p, ds, dst);
-      else
-        soften_backward(m, w, lse, delta, c->scale, 1, 32 * (kg0 + kg), q0, p, ds, dst);
+      pairs[n_pairs++] = kg * QUERIES + qg;
     }
+  NextPair next[2];
+  for (int i = 0; i <= n_pairs; i++) {
+    if (i < n_pairs) {
+      const int64_t k_at = key_at + pairs[i] / QUERIES * one, q_at = query_at + pairs[i] % QUERIES * one;
+      next[i & 1] = (NextPair){amx, dk, x->ka + k_at, x->va + k_at, x->qt + q_at, x->ot + q_at, w.score + (i & 1) * 1024, w.d_p + (i & 1) * 1024};
+    }
+    if (i == 0)
+      for (int quarter = 0; quarter < 4 && n_pairs; quarter++) score_quarter(&next[0], quarter);
+    else
+      soften_pair(c, m, x, w, &next[(i - 1) & 1], i < n_pairs ? &next[i & 1] : NULL, head, kg0 + pairs[i - 1] / QUERIES,
+                  qg0 + pairs[i - 1] % QUERIES, pairs[i - 1]);
+  }
   for (int kg = 0; kg < kgs; kg++)
     for (int d = 0; d < dt && n_by_key[kg]; d += 2) {
       float *dv = w.dv + (2 * kg * dt + d) * 256, *d_k = w.dk + (dv - w.dv);
@@ -532,7 +609,7 @@ INLINE void backward_pair(int amx, const Call *c, const Mask *m, const Packed *x
 
 static size_t backward_bytes(const Call *c) {
   const size_t dt = 2 * ((c->dim + 31) / 32);
-  const size_t bytes = 2 * 4 * 256 * sizeof(float) + 3 * 2 * KEYS * QUERIES * TILE * sizeof(bf16) + 2 * 2 * KEYS * dt * 256 * sizeof(float);
+  const size_t bytes = 2 * 8 * 256 * sizeof(float) + 3 * 2 * KEYS * QUERIES * TILE * sizeof(bf16) + 2 * 2 * KEYS * dt * 256 * sizeof(float);
   return (bytes + 1024) & ~(size_t)63;
 }
 
@@ -619,8 +696,8 @@ INLINE void backward(int amx, const Call *c, const Mask *m, const Packed *x, con
     tiles_on(amx, &saved);
     char *at = scratch + omp_get_thread_num() * each;
     BackwardScratch w;
-    w.score = take(&at, 4 * 256 * sizeof(float));
-    w.d_p = take(&at, 4 * 256 * sizeof(float));
+    w.score = take(&at, 8 * 256 * sizeof(float));
+    w.d_p = take(&at, 8 * 256 * sizeof(float));
     w.p = take(&at, 2 * KEYS * QUERIES * TILE * sizeof(bf16));
     w.ds = take(&at, 2 * KEYS * QUERIES * TILE * sizeof(bf16));
     w.dst = take(&at, 2 * KEYS * QUERIES * TILE * sizeof(bf16));
