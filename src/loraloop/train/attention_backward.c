@@ -86,15 +86,16 @@ static void wait_turn(int32_t *turn, int32_t rank) {
 }
 
 /* soften_backward of the pair `at` (key group of the block * QUERIES + query group) of a head, with or without a mask. */
-INLINE void soften_pair(const Call *c, const Mask *m, const Packed *x, BackwardScratch w, const NextPair *now, const NextPair *next, int head,
-                        int key_group, int query_group, int at) {
+INLINE void soften_pair(const Call *c, const Mask *m, const Packed *x, BackwardScratch w, const NextPair *now, const NextPair *next,
+                        int head, int key_group, int query_group, int at) {
   const int q0 = 32 * query_group, q1 = smaller(q0 + 32, c->n_queries);
   const float *lse = x->lse + ((int64_t)head * m->n_query_groups * 32 + q0), *delta = x->delta + (lse - x->lse);
   const int64_t row = (at / QUERIES * 2 * QUERIES + at % QUERIES) * TILE;
+  bf16 *p = w.p + row, *ds = w.ds + row, *dst = w.dst + at * 2 * TILE;
   if (sees_all(m->spans[key_group], q0, q1))
-    soften_backward(m, now->score, now->d_p, next, lse, delta, c->scale, 0, 32 * key_group, q0, w.p + row, w.ds + row, w.dst + at * 2 * TILE);
+    soften_backward(m, now->score, now->d_p, next, lse, delta, c->scale, 0, 32 * key_group, q0, p, ds, dst);
   else
-    soften_backward(m, now->score, now->d_p, next, lse, delta, c->scale, 1, 32 * key_group, q0, w.p + row, w.ds + row, w.dst + at * 2 * TILE);
+    soften_backward(m, now->score, now->d_p, next, lse, delta, c->scale, 1, 32 * key_group, q0, p, ds, dst);
 }
 
 /* What one block of keys of one key-value head gives and gets from one block of queries of one head. */
@@ -120,7 +121,8 @@ INLINE void backward_pair(int amx, const Call *c, const Mask *m, const Packed *x
   for (int i = 0; i <= n_pairs; i++) {
     if (i < n_pairs) {
       const int64_t k_at = key_at + pairs[i] / QUERIES * one, q_at = query_at + pairs[i] % QUERIES * one;
-      next[i & 1] = (NextPair){amx, dk, x->ka + k_at, x->va + k_at, x->qt + q_at, x->ot + q_at, w.score + (i & 1) * 1024, w.d_p + (i & 1) * 1024};
+      const int64_t tiles = (i & 1) * 1024;
+      next[i & 1] = (NextPair){amx, dk, x->ka + k_at, x->va + k_at, x->qt + q_at, x->ot + q_at, w.score + tiles, w.d_p + tiles};
     }
     if (i == 0)
       for (int quarter = 0; quarter < 4 && n_pairs; quarter++) score_quarter(&next[0], quarter);
@@ -186,7 +188,8 @@ INLINE void backward_block(int amx, const Call *c, const Mask *m, const Packed *
   for (int j = 0; j < n; j++)
     for (int d = 0; d < c->dim / 16; d++) {
       const int64_t tile = (j / 16 * dt + d) * 256 + 16 * (j % 16);
-      float *k_to = d_k + (j0 + j) * c->d_k_row + kv_head * c->dim + 16 * d, *v_to = d_v + (j0 + j) * c->d_v_row + kv_head * c->dim + 16 * d;
+      const int64_t column = kv_head * c->dim + 16 * d;
+      float *k_to = d_k + (j0 + j) * c->d_k_row + column, *v_to = d_v + (j0 + j) * c->d_v_row + column;
       _mm512_storeu_ps(k_to, _mm512_add_ps(_mm512_loadu_ps(k_to), _mm512_load_ps(w.dk + tile)));
       _mm512_storeu_ps(v_to, _mm512_add_ps(_mm512_loadu_ps(v_to), _mm512_load_ps(w.dv + tile)));
     }
