@@ -44,8 +44,8 @@ INLINE void score_quarter(const NextPair *x, int quarter) {
 
 /* One group of keys against one of queries: from scores and d_p to p and dS. The columns of dS^T as B come in the order of
    `query_of`: interleaving whole rows within 128 bits costs a third of putting them in order. */
-INLINE void soften_backward(const Mask *m, const float *score, const float *d_p, const NextPair *next, const float *lse, const float *delta, float scale, int masked, int key,
-                            int query, bf16 *p, bf16 *ds, bf16 *dst) {
+INLINE void soften_backward(const Mask *m, const float *score, const float *d_p, const NextPair *next, const float *lse,
+                            const float *delta, float scale, int masked, int key, int query, bf16 *p, bf16 *ds, bf16 *dst) {
   const __m512 factor = _mm512_set1_ps(scale * 1.44269504088896341f), by = _mm512_set1_ps(scale);
   const __m512 lse0 = _mm512_load_ps(lse), lse1 = _mm512_load_ps(lse + 16);
   const __m512 delta0 = _mm512_load_ps(delta), delta1 = _mm512_load_ps(delta + 16);
