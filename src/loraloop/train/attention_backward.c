@@ -43,7 +43,7 @@ INLINE void score_quarter(const NextPair *x, int quarter) {
 }
 
 /* One group of keys against one of queries: from scores and d_p to p and dS. The columns of dS^T as B come in the order of
-   `query_of`: interleaving whole rows within 128 bits costs a third of putting them in order. */
+   `query_of`, since interleaving within 128 bits is one plain shuffle and needs no second rounding to bfloat16. */
 INLINE void soften_backward(const Mask *m, const float *score, const float *d_p, const NextPair *next, const float *lse,
                             const float *delta, float scale, int masked, int key, int query, bf16 *p, bf16 *ds, bf16 *dst) {
   const __m512 factor = _mm512_set1_ps(scale * 1.44269504088896341f), by = _mm512_set1_ps(scale);
