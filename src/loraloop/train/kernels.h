@@ -1,4 +1,4 @@
-/* What attention.c and rows.c share: bfloat16 in vectors, the exponential, and the calls' arguments. */
+/* What all kernels share: bfloat16 in vectors, and the exponential. */
 #ifndef LORALOOP_KERNELS_H
 #define LORALOOP_KERNELS_H
 

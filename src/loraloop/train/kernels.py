@@ -200,7 +200,7 @@ class Kernels:
 
 
 class _AttentionCall(ctypes.Structure):
-    """`Call` of attention.c; rows are the values from one token to the next."""
+    """`Call` of attention.h; rows are the values from one token to the next."""
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("n_queries", "n_keys", "n_heads", "n_kv_heads", "dim")),
