@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from loraloop.train.call import Call
+
 
 @dataclass(frozen=True)
 class Adapter:
@@ -63,17 +65,16 @@ class FusedLinear:
             columns = slice(self.n_inputs + adapter.ranks.start, self.n_inputs + adapter.ranks.stop)
             self.weight[adapter.outputs, columns] = adapter.b.detach().to(self.weight.dtype)
 
-    def fill(self, x: torch.Tensor, seed: int | None) -> None:
-        """Compute u on the right of `x` from the input on its left. `seed` draws the dropout; None is without."""
+    def fill(self, x: torch.Tensor, call: Call) -> None:
+        """Compute u on the right of `x` from the input on its left."""
         left = x[:, : self.n_inputs]
-        if seed is None or not any(adapter.dropout for adapter in self.adapters):
+        if not self._drops(call):
             if self.adapters:
                 torch.mm(left, self.a.t(), out=x[:, self.n_inputs :])
             return
         for adapter in self.adapters:
             columns = slice(self.n_inputs + adapter.ranks.start, self.n_inputs + adapter.ranks.stop)
-            kept = left * self._mask(adapter, left, seed)
-            x[:, columns] = kept @ self.a[adapter.ranks].t()
+            x[:, columns] = self._dropped(left, adapter, call) @ self.a[adapter.ranks].t()
 
     def forward(self, x: torch.Tensor, out: torch.Tensor, rows: slice = slice(None), *, add_to: torch.Tensor | None = None) -> torch.Tensor:
         """`out` := (rows, outputs) of a filled `x`; `rows` picks outputs, `add_to` is added to the product (a residual stream)."""
@@ -87,14 +88,14 @@ class FusedLinear:
         """`out` := the gradient of the product's left side; the input's own is not complete before `finish`."""
         return torch.mm(d_y, self.weight, out=out)
 
-    def finish(self, d_y: torch.Tensor, d_x: torch.Tensor, x: torch.Tensor, seed: int | None) -> torch.Tensor:
+    def finish(self, d_y: torch.Tensor, d_x: torch.Tensor, x: torch.Tensor, call: Call) -> torch.Tensor:
         """Add to the gradients of A and B, and give the whole gradient of the input, (rows, inputs), a view of `d_x`.
 
         `d_x` is what `backward` gave for `d_y`, `x` the filled input of the forward pass.
         """
         self.add_b_gradients(d_y, x[:, self.n_inputs :])
-        self.add_input_gradient(d_x, seed)
-        self.add_a_gradients(d_x, x[:, : self.n_inputs], seed)
+        self.add_input_gradient(d_x, call)
+        self.add_a_gradients(d_x, x[:, : self.n_inputs], call)
         return d_x[:, : self.n_inputs]
 
     def add_b_gradients(self, d_y: torch.Tensor, u: torch.Tensor) -> None:
@@ -105,34 +106,43 @@ class FusedLinear:
         for adapter in self.adapters:
             _gradient(adapter.b).add_(products[adapter.ranks, adapter.outputs].t())
 
-    def add_input_gradient(self, d_x: torch.Tensor, seed: int | None) -> None:
+    def add_input_gradient(self, d_x: torch.Tensor, call: Call) -> None:
         """Add what comes through A to the left of `d_x`."""
         left, d_u = d_x[:, : self.n_inputs], d_x[:, self.n_inputs :]
-        if seed is None or not any(adapter.dropout for adapter in self.adapters):
+        if not self._drops(call):
             if self.adapters:
                 left.addmm_(d_u, self.a)
             return
         for adapter in self.adapters:
-            left.add_(torch.mm(d_u[:, adapter.ranks], self.a[adapter.ranks]).mul_(self._mask(adapter, left, seed)))
+            through = torch.mm(d_u[:, adapter.ranks], self.a[adapter.ranks])
+            call.arithmetic.dropout(through, 1 - adapter.dropout, self._key(adapter, call), left, add=True)
 
-    def add_a_gradients(self, d_x: torch.Tensor, x: torch.Tensor, seed: int | None) -> None:
+    def add_a_gradients(self, d_x: torch.Tensor, x: torch.Tensor, call: Call) -> None:
         """A's gradients, from that of u on the right of `d_x` and the input."""
         d_u = d_x[:, self.n_inputs :]
-        if seed is None or not any(adapter.dropout for adapter in self.adapters):
+        if not self._drops(call):
             products = torch.mm(d_u.t(), x) if self.adapters else None  # (ranks, inputs)
             for adapter in self.adapters:
                 assert products is not None  # noqa: S101  for the type checker
                 _gradient(adapter.a).add_(products[adapter.ranks], alpha=adapter.scaling)
             return
         for adapter in self.adapters:
-            kept = x * self._mask(adapter, x, seed)
-            _gradient(adapter.a).add_(torch.mm(d_u[:, adapter.ranks].t(), kept), alpha=adapter.scaling)
+            product = torch.mm(d_u[:, adapter.ranks].t(), self._dropped(x, adapter, call))
+            _gradient(adapter.a).add_(product, alpha=adapter.scaling)
 
-    def _mask(self, adapter: Adapter, like: torch.Tensor, seed: int) -> torch.Tensor:
-        """Dropout's factors for one adapter, (rows, inputs): the same for the same seed, drawn anew in the backward pass."""
-        keep = 1.0 - adapter.dropout
-        generator = torch.Generator().manual_seed((seed * 1_000_003 + self.key * 64 + adapter.ranks.start) % 2**63)
-        return torch.empty(like.shape, dtype=torch.float32).bernoulli_(keep, generator=generator).div_(keep).to(like.dtype)
+    def _drops(self, call: Call) -> bool:
+        return call.seed is not None and any(adapter.dropout for adapter in self.adapters)
+
+    def _dropped(self, x: torch.Tensor, adapter: Adapter, call: Call) -> torch.Tensor:
+        """The adapter's own draw of dropout on `x`, the same each time."""
+        out = torch.empty(x.shape, dtype=x.dtype)
+        call.arithmetic.dropout(x, 1 - adapter.dropout, self._key(adapter, call), out)
+        return out
+
+    def _key(self, adapter: Adapter, call: Call) -> int:
+        """Draws one adapter's mask: of its own for every block, layer and adapter."""
+        number: int = self.key * 4096 + adapter.ranks.start
+        return ((call.seed or 0) + number * 0x9E3779B97F4A7C15) % 2**64
 
 
 def _base(module: nn.Module) -> nn.Linear:

@@ -174,6 +174,16 @@ class Kernels:
         self._rows("head_softmax", logits.shape, logits, _row(logits), logits.dtype == torch.float32, coef, lse)
         return lse
 
+    def dropout(self, x: torch.Tensor, *, keep: float, key: int, out: torch.Tensor, add: bool = False) -> None:
+        """`out` := x * mask / keep, (T, n), or += that; each value is kept with the probability `keep`, in steps of 1/65536.
+
+        The mask follows from `key`, row and column alone: the same key gives the same mask again.
+        """
+        _check_matrices(x=x, out=out)
+        if not 0 < keep <= 1:
+            raise ValueError(f"keep must be above 0 and at most 1, not {keep}")
+        self._rows("dropout", x.shape, x, _row(x), out, _row(out), key % 2**62, float(keep), int(add))
+
     def _rows(self, name: str, shape: tuple[int, ...], *arguments: object) -> None:
         """Call a function of rows.c, unless there is nothing to do."""
         import torch

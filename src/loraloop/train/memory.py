@@ -22,9 +22,9 @@ from loraloop.train.engine import Plan
 from loraloop.train.layers import Layer
 from loraloop.train.losses import HEAD_ROWS
 
-MAX_BLOCK_ROWS = 2048
+MAX_BLOCK_ROWS = 4096
 SHARE_OF_FREE = 0.8
-_OPTIONS = tuple(Plan(rows, keep) for keep in reversed(Keep) for rows in (MAX_BLOCK_ROWS, 1024, 512, 256))
+_OPTIONS = tuple(Plan(rows, keep) for keep in reversed(Keep) for rows in (MAX_BLOCK_ROWS, 2048, 1024, 512, 256))
 """From the fastest to the one that needs least (docs/lab-book.md)."""
 
 
