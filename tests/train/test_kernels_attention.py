@@ -61,6 +61,18 @@ def test_a_random_tree_is_as_exact_as_torch_flash_attention(kernels: Kernels, sh
         assert error < 8e-3 or noise == 1.0
 
 
+@pytest.mark.parametrize("first", [289, 301, 319, 700])
+def test_rows_that_see_nothing_of_many_keys_before_their_own_are_right(kernels: Kernels, first: int) -> None:
+    """Two long siblings, the border between them inside a group of rows: for its second half all keys so far were hidden."""
+    case = make_case(first + 290, 0, (3, 1), 64)
+    end = torch.full((first + 290,), first + 290, dtype=torch.int32)
+    end[:first] = first
+    got, true = run(kernels, case, end), dense(case, visible(end, 0))
+    assert (got["lse"].double() - true["lse"]).abs().max() < 2e-5
+    for name in NAMES:
+        assert relative_error(got[name], true[name]) < 8e-3, name
+
+
 def test_scores_far_apart_neither_overflow_nor_lose_the_small(kernels: Kernels) -> None:
     case = make_case(150, 90, (3, 1), 64, spread=12.0)
     got, true = run(kernels, case), dense(case, visible(case.end, 90))

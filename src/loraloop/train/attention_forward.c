@@ -49,7 +49,8 @@ INLINE __m512 soften(const float *score, bf16 *p, int n, float scale, __m512 *to
   const __m512 factor = _mm512_set1_ps(scale * 1.44269504088896341f);
   const __m512 new_top = _mm512_max_ps(_mm512_max_ps(m[0], m[1]), _mm512_max_ps(m[2], m[3]));
   const __m512 shift = _mm512_mul_ps(new_top, factor);
-  const __m512 alpha = exp2_ps(_mm512_fmsub_ps(*top, factor, shift));
+  /* the difference first: of two equal tops it is 0, where a fused product minus a rounded one is huge for a query that saw nothing yet */
+  const __m512 alpha = exp2_ps(_mm512_mul_ps(_mm512_sub_ps(*top, new_top), factor));
   __m512 s[2] = {_mm512_mul_ps(*sum, alpha), _mm512_setzero_ps()};
   for (int g = 0; g < n; g++) {
     if (g < next->n) score_half(next, g, half);
