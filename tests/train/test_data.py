@@ -95,7 +95,19 @@ def test_report_counts_samples_rows_and_tokens() -> None:
     assert (report.turns, report.stops_trained, report.calls_recorded, report.calls_rendered) == (2, 2, 0, 0)
     assert report.refused == {"no_agent_turn": 1}
     assert report.tools_rendered_by == "none"
-    assert made.used_episode_ids() == [sample().episode_id, sample(number=2).episode_id]
+
+
+def test_rows_tell_the_samples_and_episodes_that_they_are_of() -> None:
+    first = [{"role": "user", "content": "Go"}]
+    turns = [{"role": role, "content": f"{letter * 40}"} for letter in "abcd" for role in ("assistant", "user")]
+    made = build_rows([sample({"role": "user", "content": "?"}), sample(*first, *turns, number=2), sample(number=3)], template(), 150)
+    numbers = [row.sample_number for row in made.rows]
+    assert len(numbers) > 2, "the long sample must have become several rows for this test to mean anything"
+    assert numbers == [2] * (len(numbers) - 1) + [3]
+    long, short = sample(number=2).episode_id, sample(number=3).episode_id
+    assert made.used_episode_ids({len(numbers) - 1, 1, 0}) == [long, short]
+    assert made.used_episode_ids({1}) == [long]
+    assert [made.count_samples(used) for used in ({0, 1}, {0, len(numbers) - 1}, set())] == [1, 2, 0]
 
 
 def test_samples_that_cannot_be_trained_are_refused_by_reason() -> None:

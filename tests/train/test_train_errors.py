@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -222,3 +223,17 @@ def test_training_ends_after_the_steps_that_it_may_take(run: Any, tmp_path: Path
     assert code == 0
     assert [event["step"] for event in events if event["event"] == "step"] == [1, 2, 3]
     assert TrainingRecord.model_validate_json((tmp_path / "out" / "training_record.json").read_bytes()).steps == 3
+
+
+@pytest.mark.parametrize(("steps", "n_used"), [(1, 2), (2, 4), (9, 10)])
+def test_episodes_recorded_as_used_are_those_that_were_in_a_step(run: Any, tmp_path: Path, steps: int, n_used: int) -> None:
+    code, _, said = run(*[line(number=number) for number in range(10)], more=("--epochs=2", f"--max-steps={steps}"))
+    assert code == 0, said
+    record = TrainingRecord.model_validate_json((tmp_path / "out" / "training_record.json").read_bytes())
+    order: list[int] = []
+    for epoch in range(2):
+        drawn = list(range(10))
+        random.Random(f"0:{epoch}").shuffle(drawn)
+        order += drawn
+    assert record.used_episode_ids == [line(number=number)["episode_id"] for number in sorted(set(order[: 2 * steps]))]
+    assert (record.samples_trained, len(record.used_episode_ids), record.data.samples_used) == (n_used, n_used, 10)

@@ -7,8 +7,8 @@ trained, a lost tool call) stops the whole run: it would be a mistake in a templ
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from loraloop.chat.render import Row, check_row, render
@@ -27,9 +27,14 @@ class RowSet:
     refusals: list[Refusal]
     report: DataReport
 
-    def used_episode_ids(self) -> list[str]:
-        """The episodes that gave at least one row, in order."""
-        return list(dict.fromkeys(row.episode_id for row in self.rows if row.episode_id))
+    def used_episode_ids(self, used: Iterable[int]) -> list[str]:
+        """The episodes of the rows with the indices `used`, in the order of the file."""
+        rows = [self.rows[index] for index in sorted(used)]
+        return list(dict.fromkeys(row.episode_id for row in rows if row.episode_id))
+
+    def count_samples(self, used: Iterable[int]) -> int:
+        """How many samples the rows with the indices `used` are of."""
+        return len({self.rows[index].sample_number for index in used})
 
 
 def read_samples(path: Path) -> list[TrainingData]:
@@ -58,7 +63,7 @@ def build_rows(
             refusals.append(refusal)
             continue
         new_rows, new_refusals = render(template, sample, max_length)
-        rows += new_rows
+        rows += [replace(row, sample_number=number) for row in new_rows]
         refusals += new_refusals
         n_used += bool(new_rows)
         on_progress(number)
@@ -71,7 +76,7 @@ def build_rows(
         first = next(row for row in rows if check_row(row))
         counts = ", ".join(f"{name} in {count} rows" for name, count in sorted(findings.items()))
         raise RenderError(
-            f"the data check failed: {counts}; first in episode {first.episode_id}. Nothing was trained. "
+            f"the data check failed: {counts}; first in {first.origin}. Nothing was trained. "
             "The base model's chat template does not keep these samples whole: use another base model, or fix its chat_template.jinja"
         )
     return RowSet(rows, refusals, report)
