@@ -122,6 +122,15 @@ def test_nothing_but_refusals_is_empty_data_with_the_counts() -> None:
     with pytest.raises(EmptyData, match="none of 2 samples gave anything to train on") as failure:
         build_rows([sample({"role": "user", "content": "?"}), TrainingData.dpo("a", "b", "c")], template(), 100)
     assert failure.value.refused == {"kind_dpo": 1, "no_agent_turn": 1}
+    assert f"the first refusal: no_agent_turn, no turn of the agent's own has a weight above 0 ({sample().episode_id})" in str(failure.value)
+
+
+def test_a_template_that_takes_no_sample_is_told_with_its_own_words() -> None:
+    raising = CHATML.replace("{% for", "{% if messages|length > 2 %}{{ raise_exception('two turns at most') }}{% endif %}{% for", 1)
+    turns = [{"role": role, "content": "x"} for role in ("user", "assistant", "user", "assistant")]
+    with pytest.raises(EmptyData, match=r"the first refusal: template_error, .*two turns at most") as failure:
+        build_rows([sample(*turns), sample(*turns, number=2)], template(raising), 100)
+    assert failure.value.refused == {"template_error": 2}
 
 
 def test_a_template_without_tools_trains_calls_through_the_fallback() -> None:

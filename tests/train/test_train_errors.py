@@ -81,7 +81,10 @@ def test_a_line_that_is_no_sample_is_named(run: Any, tmp_path: Path) -> None:
 
 
 def test_a_file_of_which_nothing_can_be_trained_is_empty_data(run: Any, tmp_path: Path) -> None:
-    assert_refused(run(UNUSABLE, UNUSABLE), tmp_path / "out", "EmptyData: Empty data: none of 2 samples", "refused: no_agent_turn 2")
+    ended = run(UNUSABLE, UNUSABLE)
+    assert_refused(ended, tmp_path / "out", "EmptyData: Empty data: none of 2 samples", "refused: no_agent_turn 2")
+    (empty,) = (event for event in ended[1] if event["event"] == "empty")
+    assert "the first refusal: no_agent_turn, no turn of the agent's own" in empty["message"]
 
 
 def test_an_empty_file_is_empty_data(run: Any, tmp_path: Path) -> None:

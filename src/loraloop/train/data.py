@@ -54,7 +54,7 @@ def build_rows(
     max_length: int,
     on_progress: Callable[[int], None] = lambda _: None,
 ) -> RowSet:
-    """Render every sample. Raises EmptyData when no row is left, RenderError when a row fails a check."""
+    """Render every sample. Raises EmptyData when no row is left, with the first refusal; RenderError when a row fails a check."""
     rows: list[Row] = []
     refusals: list[Refusal] = []
     n_used = 0
@@ -69,8 +69,9 @@ def build_rows(
         on_progress(number)
     report = _summarise(samples, n_used, rows, refusals, template)
     if not rows:
+        words = f"; the first refusal: {_describe(refusals[0])}" if refusals else ""
         advice = f"; raise max_seq_length (now {max_length})" if "turn_too_long" in report.refused else ""
-        raise EmptyData(f"none of {len(samples)} samples gave anything to train on{advice}", report.refused)
+        raise EmptyData(f"none of {len(samples)} samples gave anything to train on{words}{advice}", report.refused)
     findings = Counter(finding for row in rows for finding in check_row(row))
     if findings:
         first = next(row for row in rows if check_row(row))
@@ -92,6 +93,11 @@ def _find_refusal(sample: TrainingData) -> Refusal | None:
         detail = f"it holds a lone surrogate, half of a cut-off character, which no tokenizer takes ({error.object[error.start]!r})"
         return Refusal(episode_id=sample.episode_id, reason="not_unicode", detail=detail)
     return None
+
+
+def _describe(refusal: Refusal) -> str:
+    """A refusal in words: reason, detail, and the episode if it has one."""
+    return f"{refusal.reason}, {refusal.detail}" + (f" ({refusal.episode_id})" if refusal.episode_id else "")
 
 
 def _summarise(
