@@ -67,7 +67,7 @@ def test_a_line_that_is_not_json_is_named_by_its_number(tmp_path: Path) -> None:
         {"conversations": [{"role": "robot", "content": "a"}]},
         {"conversations": [{"from": "human", "value": "a"}]},
         {**GOOD, "kind": "ppo"},
-        {**GOOD, "weight": 0},
+        {**GOOD, "weight": -1},
         {**GOOD, "weight": "heavy"},
         {**GOOD, "tools": 5},
         {**GOOD, "rejected": 5},
@@ -118,11 +118,52 @@ def test_samples_that_cannot_be_trained_are_refused_by_reason() -> None:
     assert [refusal.reason for refusal in made.refusals] == ["turn_too_long", "kind_dpo"]
 
 
+def test_a_sample_of_weight_0_is_refused_and_the_others_are_trained() -> None:
+    made = build_rows([sample(), sample(number=2, weight=0)], template(), 100)
+    assert (made.report.samples, made.report.samples_used, made.report.refused) == (2, 1, {"weight_zero": 1})
+    assert [(refusal.episode_id, refusal.detail) for refusal in made.refusals] == [
+        (sample(number=2).episode_id, "sample 2 has the weight 0")
+    ]
+    with pytest.raises(EmptyData, match="the first refusal: weight_zero, sample 1 has the weight 0"):
+        build_rows([sample(weight=0)], template(), 100)
+
+
+@pytest.mark.parametrize(
+    ("weight", "turn", "trained"),
+    [
+        (1e300, 1, False),
+        (1e-300, 1, False),
+        (1.01e6, 1, False),
+        (0.99e-6, 1, False),
+        (1e6, 1, True),
+        (1e-6, 1, True),
+        (1, 1e300, False),
+        (1e5, 100, False),
+        (1e300, 1e-300, True),
+        (1e-300, 1e-300, False),
+        (1e300, 1e300, False),
+    ],
+)
+def test_weights_that_float32_cannot_sum_are_refused(weight: float, turn: float, trained: bool) -> None:
+    turns = ({"role": "user", "content": "?"}, {"role": "assistant", "content": "y", "weight": turn})
+    made = build_rows([sample(), sample(*turns, number=2, weight=weight)], template(), 100)
+    assert made.report.refused == ({} if trained else {"weight_out_of_range": 1})
+    assert all("sample 2 has a turn of weight" in refusal.detail for refusal in made.refusals)
+
+
+def test_a_turn_of_weight_0_is_context_whatever_the_sample_weighs() -> None:
+    turns = ({"role": "assistant", "content": "x", "weight": 0}, {"role": "user", "content": "?"}, {"role": "assistant", "content": "y"})
+    made = build_rows([sample(*turns, weight=1e6)], template(), 100)
+    assert (made.report.refused, made.report.turns) == ({}, 1)
+
+
 def test_nothing_but_refusals_is_empty_data_with_the_counts() -> None:
     with pytest.raises(EmptyData, match="none of 2 samples gave anything to train on") as failure:
         build_rows([sample({"role": "user", "content": "?"}), TrainingData.dpo("a", "b", "c")], template(), 100)
     assert failure.value.refused == {"kind_dpo": 1, "no_agent_turn": 1}
-    assert f"the first refusal: no_agent_turn, no turn of the agent's own has a weight above 0 ({sample().episode_id})" in str(failure.value)
+    assert f"the first refusal: no_agent_turn, no turn of the agent's own has a weight above 0 ({sample().episode_id})" in str(
+        failure.value
+    )
 
 
 def test_a_template_that_takes_no_sample_is_told_with_its_own_words() -> None:

@@ -100,6 +100,17 @@ def test_text_that_no_tokenizer_takes_is_refused_and_the_rest_is_trained(run: An
     assert [refused.episode_id for refused in record.refused] == [line(number=2)["episode_id"]]
 
 
+def test_the_lightest_and_the_heaviest_weights_that_are_trained_give_numbers(run: Any, tmp_path: Path) -> None:
+    lines = [{**line(number=number), "weight": weight} for number, weight in enumerate((1e6, 1e-6, 1e300, 0))]
+    for engine in ("tree", "dense"):
+        code, _, said = run(*lines, more=(f"--engine={engine}",))
+        assert code == 0, said
+        record = TrainingRecord.model_validate_json((tmp_path / "out" / "training_record.json").read_bytes())
+        assert record.data.refused == {"weight_out_of_range": 1, "weight_zero": 1}
+        assert all(math.isfinite(loss) for _, loss in record.loss_history)
+        shutil.rmtree(tmp_path / "out")
+
+
 def test_a_template_that_loses_tool_calls_is_refused_before_the_first_step(run: Any, base: Path, tmp_path: Path) -> None:
     from test_data import LOSES_CALLS
 

@@ -18,6 +18,9 @@ from loraloop.files import json_line, read_jsonl
 from loraloop.training_data import Refusal, TrainingData
 from loraloop.training_record import DataReport
 
+MIN_WEIGHT, MAX_WEIGHT = 1e-6, 1e6
+"""A trained turn's weight times its sample's must lie between them: far outside, sums in float32 are no numbers any more."""
+
 
 @dataclass(frozen=True)
 class RowSet:
@@ -59,7 +62,7 @@ def build_rows(
     refusals: list[Refusal] = []
     n_used = 0
     for number, sample in enumerate(samples, 1):
-        if refusal := _find_refusal(sample):
+        if refusal := _find_refusal(sample, number):
             refusals.append(refusal)
             continue
         new_rows, new_refusals = render(template, sample, max_length)
@@ -83,10 +86,17 @@ def build_rows(
     return RowSet(rows, refusals, report)
 
 
-def _find_refusal(sample: TrainingData) -> Refusal | None:
+def _find_refusal(sample: TrainingData, number: int) -> Refusal | None:
     """Why a sample cannot even be rendered, or None."""
     if not sample.is_sft:
         return Refusal(episode_id=sample.episode_id, reason=f"kind_{sample.kind}", detail="only sft samples are trained")
+    if sample.weight == 0:
+        return Refusal(episode_id=sample.episode_id, reason="weight_zero", detail=f"sample {number} has the weight 0")
+    weights = (message.weight * sample.weight for message in sample.messages if message.is_agent and message.weight > 0)
+    wrong = next((weight for weight in weights if not MIN_WEIGHT <= weight <= MAX_WEIGHT), None)
+    if wrong is not None:
+        detail = f"sample {number} has a turn of weight {wrong:g}, times the sample's; expected {MIN_WEIGHT:g} to {MAX_WEIGHT:g}"
+        return Refusal(episode_id=sample.episode_id, reason="weight_out_of_range", detail=detail)
     try:
         json_line(sample.to_line()).encode()
     except UnicodeEncodeError as error:
