@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tiny import CHATML, make_tokenizer
 
+from loraloop.chat.render import Row
 from loraloop.chat.template import ChatTemplate
 from loraloop.episode import EpisodeId, Message
 from loraloop.errors import EmptyData, RenderError
-from loraloop.train.data import build_rows, read_samples
+from loraloop.train.data import build_rows, read_samples, spread
 from loraloop.training_data import TrainingData
 
 CALL = {"id": "c1", "type": "function", "function": {"name": "find", "arguments": '{"what": "egg"}'}}
@@ -187,6 +189,47 @@ def test_a_template_that_loses_tool_calls_stops_the_run_before_anything_is_train
     with pytest.raises(RenderError, match=r"the data check failed: tool_calls_lost in 1 rows; .* Nothing was trained\.") as failure:
         build_rows([sample(), sample(*turns, number=2)], losing, 500)
     assert str(sample(number=2).episode_id) in str(failure.value)
+
+
+# --- what is measured on ----------------------------------------------------------------------------------------------------
+
+
+def rows_of(*counts: int, length: int = 10) -> list[Row]:
+    """`counts[n]` rows of sample n + 1, every one different."""
+    return [
+        Row(ids=[number, turn, *[0] * (length - 2)], weights=[1.0] * length, text="", sample_number=number)
+        for number, count in enumerate(counts, 1)
+        for turn in range(count)
+    ]
+
+
+def test_what_is_measured_is_spread_over_the_samples() -> None:
+    rows = rows_of(5, 1, 3, 1)
+    four = spread(rows, 40)
+    assert sorted(row.sample_number for row in four) == [1, 2, 3, 4]
+    assert all(row.ids[1] == 0 for row in four), "the first row of each"
+    six = spread(rows, 60)
+    assert six[:4] == four
+    assert [(row.sample_number, row.ids[1]) for row in sorted(six[4:], key=lambda row: row.sample_number)] == [(1, 1), (3, 1)]
+    assert sorted(row.ids for row in spread(rows, 1000)) == [row.ids for row in rows]
+
+
+def test_what_is_measured_stays_within_its_tokens_but_is_one_row_at_least() -> None:
+    rows = rows_of(*[1] * 30)
+    assert [len(spread(rows, limit)) for limit in (1, 10, 19, 20, 299, 300)] == [1, 1, 1, 2, 29, 30]
+    assert spread([], 100) == []
+
+
+def test_what_is_measured_does_not_depend_on_the_order_of_the_file() -> None:
+    rows = rows_of(*[2] * 30)
+    chosen = spread(rows, 100)
+    renumbered = [replace(row, sample_number=100 - row.sample_number) for row in rows]
+    backwards = sorted(renumbered, key=lambda row: row.sample_number)
+    assert [row.ids for row in spread(backwards, 100)] == [row.ids for row in chosen]
+    assert sorted(row.sample_number for row in chosen) != list(range(1, 11)), "the first of the file"
+
+
+# --- progress ---------------------------------------------------------------------------------------------------------------
 
 
 def test_progress_is_told_after_each_sample() -> None:

@@ -6,9 +6,11 @@ trained, a lost tool call) stops the whole run: it would be a mistake in a templ
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 
 from loraloop.chat.render import Row, check_row, render
@@ -84,6 +86,26 @@ def build_rows(
             "The base model's chat template does not keep these samples whole: use another base model, or fix its chat_template.jinja"
         )
     return RowSet(rows, refusals, report)
+
+
+def spread(rows: Sequence[Row], max_tokens: int) -> list[Row]:
+    """Rows of as many samples as `max_tokens` allows, at least one row: one row of each sample in turn, then the next of each.
+
+    Samples come in the order of a hash of their first row, so that neither the file's order nor the seed of a training changes what
+    is measured.
+    """
+    by_sample: dict[int, list[Row]] = {}
+    for row in rows:
+        by_sample.setdefault(row.sample_number, []).append(row)
+    queues = sorted(by_sample.values(), key=lambda queue: hashlib.sha256(str(queue[0].ids).encode()).digest())
+    chosen: list[Row] = []
+    n_tokens = 0
+    for row in (row for turn in zip_longest(*queues) for row in turn if row is not None):
+        if chosen and n_tokens + len(row.ids) > max_tokens:
+            break
+        chosen.append(row)
+        n_tokens += len(row.ids)
+    return chosen
 
 
 def _find_refusal(sample: TrainingData, number: int) -> Refusal | None:
