@@ -24,7 +24,7 @@ from loraloop.files import file_sha256, new_directory, write_atomic, write_json
 from loraloop.train import loop
 from loraloop.train.arguments import TrainArguments
 from loraloop.train.choice import loop_settings, open_engine, verify
-from loraloop.train.data import build_rows, read_samples
+from loraloop.train.data import build_rows, read_samples, spread
 from loraloop.train.model_card import model_card
 from loraloop.training_data import TrainingData
 from loraloop.training_record import RECORD_FILE, RefusedSample, TrainingEvent, TrainingRecord
@@ -44,7 +44,7 @@ def run(arguments: TrainArguments, emit: Emit) -> TrainingRecord:
     template = ChatTemplate(tokenizer)
     rows = build_rows(samples, template, arguments.max_seq_length)
     emit(TrainingEvent(event="data", data=rows.report))
-    measured = _first_tokens(_held_out_rows(held_out_samples, template, arguments, emit), arguments.held_out_tokens)
+    measured = spread(_held_out_rows(held_out_samples, template, arguments, emit), arguments.held_out_tokens)
 
     device = base_model.choose_device()
     dtype = base_model.choose_dtype(arguments.dtype, device)
@@ -70,7 +70,8 @@ def run(arguments: TrainArguments, emit: Emit) -> TrainingRecord:
         device=device,
         versions=_versions(),
         data=rows.report,
-        used_episode_ids=rows.used_episode_ids(),
+        samples_trained=rows.count_samples(history.used),
+        used_episode_ids=rows.used_episode_ids(history.used),
         refused=[RefusedSample(episode_id=r.episode_id, reason=r.reason, detail=r.detail) for r in rows.refusals],
         steps=len(history.losses),
         final_loss=_final_loss(history.losses),
@@ -125,18 +126,6 @@ def _held_out_rows(samples: list[TrainingData], template: ChatTemplate, argument
     except EmptyData as error:
         emit(TrainingEvent(event="warning", message=f"nothing is measured on held-out tasks: {error}"))
         return []
-
-
-def _first_tokens(rows: list[Row], limit: int) -> list[Row]:
-    """The first rows with no more than `limit` tokens together, at least one."""
-    chosen: list[Row] = []
-    total = 0
-    for row in rows:
-        if chosen and total + len(row.ids) > limit:
-            break
-        chosen.append(row)
-        total += len(row.ids)
-    return chosen
 
 
 def _final_loss(history: list[tuple[int, float]]) -> float | None:
