@@ -32,8 +32,11 @@ from loraloop.training_record import RECORD_FILE, RefusedSample, TrainingEvent, 
 Emit = Callable[[TrainingEvent], None]
 
 
-def run(arguments: TrainArguments, emit: Emit) -> TrainingRecord:
-    """Train and save. Raises FileExistsError when the output is there already, and a LoraLoopError for all else that is foreseen."""
+def run(arguments: TrainArguments, emit: Emit, *, keeps_memory: bool = False) -> TrainingRecord:
+    """Train and save. `keeps_memory` says that the allocator was asked to, and is only reported.
+
+    Raises FileExistsError when the output is there already, and a LoraLoopError for all else that is foreseen.
+    """
     started = time.monotonic()
     if arguments.output.exists():
         raise FileExistsError(f"--output {arguments.output} exists already; give a folder that does not exist")
@@ -48,7 +51,7 @@ def run(arguments: TrainArguments, emit: Emit) -> TrainingRecord:
 
     device = base_model.choose_device()
     dtype = base_model.choose_dtype(arguments.dtype, device)
-    emit(TrainingEvent(event="note", message=f"base {base.name} in {dtype} on {device}"))
+    emit(TrainingEvent(event="note", message=f"base {base.name} in {dtype} on {device}, {_describe_process(keeps_memory=keeps_memory)}"))
     model = base_model.load_model(base, dtype).to(device)
     model = loop.new_adapter(model, arguments.rank, arguments.alpha, arguments.dropout, arguments.seed)
     engine = open_engine(model, rows.rows, arguments, emit)
@@ -126,6 +129,13 @@ def _held_out_rows(samples: list[TrainingData], template: ChatTemplate, argument
     except EmptyData as error:
         emit(TrainingEvent(event="warning", message=f"nothing is measured on held-out tasks: {error}"))
         return []
+
+
+def _describe_process(*, keeps_memory: bool) -> str:
+    import torch
+
+    allocator = "keeps freed memory" if keeps_memory else "is the system's as it is"
+    return f"{torch.get_num_threads()} threads, the allocator {allocator}"
 
 
 def _final_loss(history: list[tuple[int, float]]) -> float | None:
