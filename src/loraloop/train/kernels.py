@@ -183,6 +183,23 @@ class Kernels:
         if not 0 < keep <= 1:
             raise ValueError(f"keep must be above 0 and at most 1, not {keep}")
         self._rows("dropout", x.shape, x, _row(x), out, _row(out), key % 2**62, float(keep), int(add))
+    def rank_products(self, u: torch.Tensor, y: torch.Tensor, out: torch.Tensor) -> None:
+        """Out += u^T y, (R, N) in float32, of u (T, R) and y (T, N) in bfloat16: the gradient of a LoRA matrix.
+
+        Made for R far below N, where reading y once is what it costs. The result does not depend on the number of threads.
+        """
+        import torch
+
+        if u.dim() != 2 or y.dim() != 2:
+            raise ValueError(f"u and y must be matrices, not {tuple(u.shape)} and {tuple(y.shape)}")
+        (n_rows, n_ranks), n = u.shape, y.shape[1]
+        _check("u", u, torch.bfloat16, u.shape)
+        _check("y", y, torch.bfloat16, (n_rows, n))
+        _check("out", out, torch.float32, (n_ranks, n))
+        if not (n_rows and n_ranks and n):
+            return
+        call = _RankCall(n_rows, n, n_ranks, _row(u), _row(y), _row(out), torch.get_num_threads(), self.isa == "amx")
+        self._run("rank_products", ctypes.byref(call), u, y, out)
 
     def _rows(self, name: str, shape: tuple[int, ...], *arguments: object) -> None:
         """Call a function of rows.c, unless there is nothing to do."""
@@ -218,6 +235,12 @@ class _AttentionCall(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("n_threads", "amx")),
         ("scale", ctypes.c_double),
     )
+
+
+class _RankCall(ctypes.Structure):
+    """`RankCall` of ranks.c."""
+
+    _fields_ = tuple((name, ctypes.c_int64) for name in ("n_rows", "n", "n_ranks", "u_row", "y_row", "out_row", "n_threads", "amx"))
 
 
 def _attention_call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, end: torch.Tensor, *, scale: float, isa: str) -> _AttentionCall:
