@@ -6,7 +6,7 @@ import copy
 import functools
 import types
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from train.tree_cases import VOCABULARY
 
 from loraloop.chat.render import Row
 from loraloop.train.architecture import Architecture, find_obstacle, read_architecture
+from loraloop.train.arguments import TrainArguments, parse_arguments
 from loraloop.train.arithmetic import TorchArithmetic
 from loraloop.train.buffers import Keep
 from loraloop.train.engine import Plan, TreeEngine
@@ -33,7 +34,7 @@ NAMES = tuple(CONFIGS)
 
 
 def _config(architecture: str, **changes: Any) -> Any:
-    return make_config(architecture, **{"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, **changes})
+    return make_config(architecture, **{"vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 48, **changes})
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,12 @@ def make_twins(config: Any, dtype: torch.dtype = torch.float64, seed: int = 0, *
 def twins(name: str, dtype: torch.dtype = torch.float64) -> Twins:
     """The model of a name in CONFIGS, made once."""
     return make_twins(CONFIGS[name](), dtype)
+
+
+def make_arguments(**changes: Any) -> TrainArguments:
+    """What the command line gives when nothing but `changes` is said."""
+    told = ["--data", __file__, "--output", "unused", "--model", "unused"]
+    return replace(parse_arguments(told), **changes)
 
 
 def compute_norms_in_float64(model: Any) -> None:
