@@ -6,12 +6,14 @@ with our own kernels, each in one pass over memory. Functions write into what th
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import numpy as np
 import torch
 from typing_extensions import override
 
 from loraloop.train import attention
-from loraloop.train.kernels import Kernels, load_kernels
+from loraloop.train.kernels import HEAD_DIM_STEP, MAX_HEAD_DIM, Kernels, load_kernels
 from loraloop.train.tree import Block
 
 Saved = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
@@ -144,10 +146,13 @@ class NativeArithmetic(TorchArithmetic):
         self.kernels.dropout(x, keep=keep, key=key, out=out, add=add)
 
 
-def choose_arithmetic(dtype: torch.dtype) -> tuple[TorchArithmetic, str]:
-    """The fastest arithmetic for `dtype` on this machine, and why not the native one where it is not."""
+def choose_arithmetic(dtype: torch.dtype, head_sizes: Collection[int] = ()) -> tuple[TorchArithmetic, str]:
+    """The fastest arithmetic for `dtype` and these sizes of attention heads on this machine, and why not the native one."""
     if dtype != torch.bfloat16:
         return TorchArithmetic(), "the native kernels are for bfloat16"
+    for size in head_sizes:
+        if size % HEAD_DIM_STEP or size > MAX_HEAD_DIM:
+            return TorchArithmetic(), f"the native kernels are not for heads of {size} values"
     kernels, why = load_kernels()
     return (NativeArithmetic(kernels), "") if kernels else (TorchArithmetic(), why)
 

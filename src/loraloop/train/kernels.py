@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import torch
 
 MAX_HEAD_DIM = 256
+HEAD_DIM_STEP = 16
 
 
 def load_kernels() -> tuple[Kernels | None, str]:
@@ -254,8 +255,8 @@ def _attention_call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, end: torc
     _check("k", k, torch.bfloat16, (n_keys, n_kv_heads, dim))
     _check("v", v, torch.bfloat16, (n_keys, n_kv_heads, dim))
     _check("end", end, torch.int32, (n_queries,))
-    if dim % 16 or not 0 < dim <= MAX_HEAD_DIM:
-        raise ValueError(f"heads of {dim} values: only multiples of 16 up to {MAX_HEAD_DIM} are supported")
+    if dim % HEAD_DIM_STEP or not 0 < dim <= MAX_HEAD_DIM:
+        raise ValueError(f"heads of {dim} values: only multiples of {HEAD_DIM_STEP} up to {MAX_HEAD_DIM} are supported")
     if not n_kv_heads or n_heads % n_kv_heads:
         raise ValueError(f"{n_heads} query heads cannot share {n_kv_heads} heads")
     if n_keys < n_queries:
