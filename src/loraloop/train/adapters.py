@@ -3,7 +3,7 @@
 The frozen weights W of the layers (q, k and v; gate and up; or one alone) and their B matrices lie in one buffer, and PEFT's modules
 keep names, configuration and files: their base weights become views of it, their A and B stay theirs and get the gradients. The
 input is saved once for all of them, in its own dtype; nothing of its size is made in float32. Not autograd: `backward` is called
-with what `forward` was, and adds to the gradients of A and B.
+with what `forward` was; gradients of A and B are summed over blocks in float32 at least, until `collect`.
 """
 
 from __future__ import annotations
@@ -48,6 +48,10 @@ class FusedLinear:
         weight = bases[0].weight
         self.weight = torch.zeros(n_outputs, self.n_inputs + n_ranks, dtype=weight.dtype)  # (outputs, inputs + ranks)
         self.a = torch.zeros(n_ranks, self.n_inputs, dtype=weight.dtype)  # (ranks, inputs), scaled
+        precise = torch.promote_types(weight.dtype, torch.float32)
+        self._d_a = torch.zeros(n_ranks, self.n_inputs, dtype=precise)
+        self._d_b = torch.zeros(n_ranks, n_outputs, dtype=precise)
+        """Only the blocks of an adapter's own ranks and outputs are of use."""
         self.bias = _join_biases(bases, weight.dtype)
         self.width = self.weight.shape[1]
         """Columns of a filled input."""
@@ -89,22 +93,19 @@ class FusedLinear:
         return torch.mm(d_y, self.weight, out=out)
 
     def finish(self, d_y: torch.Tensor, d_x: torch.Tensor, x: torch.Tensor, call: Call) -> torch.Tensor:
-        """Add to the gradients of A and B, and give the whole gradient of the input, (rows, inputs), a view of `d_x`.
+        """Add to the sums of A's and B's gradients, and give the whole gradient of the input, (rows, inputs), a view of `d_x`.
 
         `d_x` is what `backward` gave for `d_y`, `x` the filled input of the forward pass.
         """
-        self.add_b_gradients(d_y, x[:, self.n_inputs :])
+        self.add_b_gradients(d_y, x[:, self.n_inputs :], call)
         self.add_input_gradient(d_x, call)
         self.add_a_gradients(d_x, x[:, : self.n_inputs], call)
         return d_x[:, : self.n_inputs]
 
-    def add_b_gradients(self, d_y: torch.Tensor, u: torch.Tensor) -> None:
+    def add_b_gradients(self, d_y: torch.Tensor, u: torch.Tensor, call: Call) -> None:
         """B's gradients, from the output's gradient and u."""
-        if not self.adapters:
-            return
-        products = torch.mm(u.t(), d_y)  # (ranks, outputs); only the diagonal blocks are of use
-        for adapter in self.adapters:
-            _gradient(adapter.b).add_(products[adapter.ranks, adapter.outputs].t())
+        if self.adapters:
+            call.arithmetic.rank_products(u, d_y, self._d_b)
 
     def add_input_gradient(self, d_x: torch.Tensor, call: Call) -> None:
         """Add what comes through A to the left of `d_x`."""
@@ -120,15 +121,21 @@ class FusedLinear:
     def add_a_gradients(self, d_x: torch.Tensor, x: torch.Tensor, call: Call) -> None:
         """A's gradients, from that of u on the right of `d_x` and the input."""
         d_u = d_x[:, self.n_inputs :]
+        if not self.adapters:
+            return
         if not self._drops(call):
-            products = torch.mm(d_u.t(), x) if self.adapters else None  # (ranks, inputs)
-            for adapter in self.adapters:
-                assert products is not None  # noqa: S101  for the type checker
-                _gradient(adapter.a).add_(products[adapter.ranks], alpha=adapter.scaling)
+            call.arithmetic.rank_products(d_u, x, self._d_a)
             return
         for adapter in self.adapters:
-            product = torch.mm(d_u[:, adapter.ranks].t(), self._dropped(x, adapter, call))
-            _gradient(adapter.a).add_(product, alpha=adapter.scaling)
+            call.arithmetic.rank_products(d_u[:, adapter.ranks], self._dropped(x, adapter, call), self._d_a[adapter.ranks])
+
+    def collect(self) -> None:
+        """Add what blocks have summed up to the gradients of PEFT's parameters, and begin anew."""
+        for adapter in self.adapters:
+            _gradient(adapter.a).add_(self._d_a[adapter.ranks], alpha=adapter.scaling)
+            _gradient(adapter.b).add_(self._d_b[adapter.ranks, adapter.outputs].t())
+        self._d_a.zero_()
+        self._d_b.zero_()
 
     def _drops(self, call: Call) -> bool:
         return call.seed is not None and any(adapter.dropout for adapter in self.adapters)

@@ -97,6 +97,10 @@ class TorchArithmetic:
         else:
             out.copy_(value)
 
+    def rank_products(self, u: torch.Tensor, y: torch.Tensor, out: torch.Tensor) -> None:
+        """`out` += u^T y, (ranks, columns) in float32 at least, of `u` (rows, ranks) and `y` (rows, columns): a LoRA matrix's gradient."""
+        out.add_(torch.mm(u.t(), y))
+
 
 class NativeArithmetic(TorchArithmetic):
     """In our own kernels, for bfloat16; every method as in TorchArithmetic."""
@@ -144,6 +148,10 @@ class NativeArithmetic(TorchArithmetic):
     @override
     def dropout(self, x: torch.Tensor, keep: float, key: int, out: torch.Tensor, *, add: bool = False) -> None:
         self.kernels.dropout(x, keep=keep, key=key, out=out, add=add)
+
+    @override
+    def rank_products(self, u: torch.Tensor, y: torch.Tensor, out: torch.Tensor) -> None:
+        self.kernels.rank_products(u, y, out)
 
 
 def choose_arithmetic(dtype: torch.dtype, head_sizes: Collection[int] = ()) -> tuple[TorchArithmetic, str]:

@@ -96,6 +96,9 @@ class TreeEngine:
                 loss += self._enter(visit.block, walk)
             elif factor is not None:
                 self._leave(walk)
+        if factor is not None:
+            for linear in self.architecture.linears:
+                linear.collect()
         self.n_computed = tree.n_rows
         return loss * (factor if factor is not None else 1.0)
 

@@ -184,6 +184,7 @@ class Kernels:
         if not 0 < keep <= 1:
             raise ValueError(f"keep must be above 0 and at most 1, not {keep}")
         self._rows("dropout", x.shape, x, _row(x), out, _row(out), key % 2**62, float(keep), int(add))
+
     def rank_products(self, u: torch.Tensor, y: torch.Tensor, out: torch.Tensor) -> None:
         """Out += u^T y, (R, N) in float32, of u (T, R) and y (T, N) in bfloat16: the gradient of a LoRA matrix.
 

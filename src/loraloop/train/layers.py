@@ -236,7 +236,7 @@ class Mlp:
         h = stack.take("h", call.here, self.down.width)
         call.arithmetic.swiglu_backward(d_h[:, :n_wide], products, h[:, :n_wide])
         self.down.fill(h, call)
-        self.down.add_b_gradients(d_x, h[:, n_wide:])
+        self.down.add_b_gradients(d_x, h[:, n_wide:], call)
         self.down.add_a_gradients(d_h, h[:, :n_wide], call)
         d_normed = self.gate_up.backward(products, stack.take("d_normed", call.here, self.gate_up.width))
         call.arithmetic.rms_norm_backward(self.gate_up.finish(products, d_normed, normed, call), x, self.norm.weight, scale, d_x)
