@@ -116,7 +116,7 @@ class FusedLinear:
             return
         for adapter in self.adapters:
             through = torch.mm(d_u[:, adapter.ranks], self.a[adapter.ranks])
-            call.arithmetic.dropout(through, 1 - adapter.dropout, self._key(adapter, call), left, add=True)
+            call.arithmetic.dropout(through, 1 - adapter.dropout, self._draw(adapter, call), left, add=True)
 
     def add_a_gradients(self, d_x: torch.Tensor, x: torch.Tensor, call: Call) -> None:
         """A's gradients, from that of u on the right of `d_x` and the input."""
@@ -143,13 +143,13 @@ class FusedLinear:
     def _dropped(self, x: torch.Tensor, adapter: Adapter, call: Call) -> torch.Tensor:
         """The adapter's own draw of dropout on `x`, the same each time."""
         out = torch.empty(x.shape, dtype=x.dtype)
-        call.arithmetic.dropout(x, 1 - adapter.dropout, self._key(adapter, call), out)
+        call.arithmetic.dropout(x, 1 - adapter.dropout, self._draw(adapter, call), out)
         return out
 
-    def _key(self, adapter: Adapter, call: Call) -> int:
-        """Draws one adapter's mask: of its own for every block, layer and adapter."""
+    def _draw(self, adapter: Adapter, call: Call) -> tuple[int, int]:
+        """(key, first row) of one adapter's mask: of its own for every step, layer and adapter, by row of the tree."""
         number: int = self.key * 4096 + adapter.ranks.start
-        return ((call.seed or 0) + number * 0x9E3779B97F4A7C15) % 2**64
+        return ((call.seed or 0) + number * 0x9E3779B97F4A7C15) % 2**64, call.block.start
 
 
 def _base(module: nn.Module) -> nn.Linear:

@@ -83,15 +83,17 @@ class TorchArithmetic:
         logits.copy_((wide - lse.unsqueeze(-1)).exp_().mul_(factors.unsqueeze(-1)))
         return lse
 
-    def dropout(self, x: torch.Tensor, keep: float, key: int, out: torch.Tensor, *, add: bool = False) -> None:
-        """`out` := x * mask / keep, or += that; the mask, which keeps with probability `keep`, follows from `key` and the shape alone.
+    def dropout(self, x: torch.Tensor, keep: float, draw: tuple[int, int], out: torch.Tensor, *, add: bool = False) -> None:
+        """`out` := x * mask / keep, or += that; each value is kept with probability `keep`, in steps of 1/65536.
 
-        Kept in steps of 1/65536: 16 bits are drawn for a value, which is much faster than torch's own draws on a CPU.
+        `draw` is (key, number of the first row): the mask follows from key, row and column alone, however rows are cut into blocks.
+        16 bits are drawn for a value, which is much faster than torch's own draws on a CPU. Salmon et al. 2011.
         """
-        n_values = x.shape[0] * x.shape[1]
-        drawn = np.random.SFC64(key % 2**62).random_raw(-(-n_values // 4)).view(np.uint16)[:n_values]
-        kept = torch.from_numpy(drawn < round(keep * 65536)).view(x.shape)
-        value = x * kept / keep
+        n_rows, n = x.shape
+        n_counters = -(-n // 16)  # of a row; each gives 4 words of 64 bits
+        bits = np.random.Philox(key=draw[0] % 2**62).advance(draw[1] * n_counters)
+        drawn = bits.random_raw(n_rows * n_counters * 4).view(np.uint16).reshape(n_rows, -1)[:, :n]
+        value = x * torch.from_numpy(drawn < round(keep * 65536)) / keep
         if add:
             out.add_(value)
         else:
@@ -146,8 +148,8 @@ class NativeArithmetic(TorchArithmetic):
         return self.kernels.head_softmax(logits, factors)
 
     @override
-    def dropout(self, x: torch.Tensor, keep: float, key: int, out: torch.Tensor, *, add: bool = False) -> None:
-        self.kernels.dropout(x, keep=keep, key=key, out=out, add=add)
+    def dropout(self, x: torch.Tensor, keep: float, draw: tuple[int, int], out: torch.Tensor, *, add: bool = False) -> None:
+        self.kernels.dropout(x, keep=keep, draw=draw, out=out, add=add)
 
     @override
     def rank_products(self, u: torch.Tensor, y: torch.Tensor, out: torch.Tensor) -> None:

@@ -20,7 +20,7 @@ class Call:
     parents: torch.Tensor
     """(convolution size - 1, rows) the row above, the one above that, …: places in the stack, -1 before the beginning."""
     seed: int | None
-    """Draws the dropout of this block; None is without."""
+    """Draws the dropout of this step; None is without."""
     arithmetic: TorchArithmetic
 
     @property

@@ -157,7 +157,7 @@ class TreeEngine:
         precise = torch.promote_types(self.architecture.dtype, torch.float32)
         cos, sin = self.architecture.rotary(torch.empty(0, dtype=precise), positions.unsqueeze(0))
         half = cos.shape[-1] // 2
-        seed = None if draw is None else _mix(*draw, block.start)
+        seed = None if draw is None else _mix(*draw)
         parents = torch.from_numpy(list_parents(block, self.architecture.conv_size - 1))
         return Call(block, cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous(), parents, seed, self.arithmetic)
 

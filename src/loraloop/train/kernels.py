@@ -175,15 +175,15 @@ class Kernels:
         self._rows("head_softmax", logits.shape, logits, _row(logits), logits.dtype == torch.float32, coef, lse)
         return lse
 
-    def dropout(self, x: torch.Tensor, *, keep: float, key: int, out: torch.Tensor, add: bool = False) -> None:
+    def dropout(self, x: torch.Tensor, *, keep: float, draw: tuple[int, int], out: torch.Tensor, add: bool = False) -> None:
         """`out` := x * mask / keep, (T, n), or += that; each value is kept with the probability `keep`, in steps of 1/65536.
 
-        The mask follows from `key`, row and column alone: the same key gives the same mask again.
+        `draw` is (key, number of the first row): the mask follows from key, row and column alone.
         """
         _check_matrices(x=x, out=out)
         if not 0 < keep <= 1:
             raise ValueError(f"keep must be above 0 and at most 1, not {keep}")
-        self._rows("dropout", x.shape, x, _row(x), out, _row(out), key % 2**62, float(keep), int(add))
+        self._rows("dropout", x.shape, x, _row(x), out, _row(out), draw[0] % 2**62, draw[1], float(keep), int(add))
 
     def rank_products(self, u: torch.Tensor, y: torch.Tensor, out: torch.Tensor) -> None:
         """Out += u^T y, (R, N) in float32, of u (T, R) and y (T, N) in bfloat16: the gradient of a LoRA matrix.

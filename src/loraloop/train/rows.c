@@ -171,16 +171,16 @@ INLINE __m512i mix(__m512i counter, __m512i key) {
 }
 
 /* out = x * mask / keep, or out += that when `add`. A value is kept when 16 bits drawn from (key, its row, its column) are below
-   `keep` * 65536, so the same key gives the same mask, in whatever order and by however many threads. */
-int dropout(int64_t n_threads, int64_t n_rows, int64_t n, const bf16 *x, int64_t x_row, bf16 *out, int64_t out_row, int64_t key, double keep,
-            int64_t add) {
+   `keep` * 65536, so the same key gives the same mask, in whatever order and by however many threads. Rows count from `first`. */
+int dropout(int64_t n_threads, int64_t n_rows, int64_t n, const bf16 *x, int64_t x_row, bf16 *out, int64_t out_row, int64_t key,
+            int64_t first, double keep, int64_t add) {
   const __m512i limit = _mm512_set1_epi32((int)(keep * 65536.0 + 0.5)), low = _mm512_set1_epi32(0xffff);
   const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   const __m512 factor = _mm512_set1_ps((float)(1.0 / keep));
   SPREAD
   for (int64_t t = 0; t < n_rows; t++) {
     /* a row's own key, mixed twice so that neighbouring rows and keys have nothing in common */
-    const __m512i row = mix(mix(_mm512_set1_epi32((int)t), _mm512_set1_epi32((int)key)), _mm512_set1_epi32((int)(key >> 32)));
+    const __m512i row = mix(mix(_mm512_set1_epi32((int)(first + t)), _mm512_set1_epi32((int)key)), _mm512_set1_epi32((int)(key >> 32)));
     for (int64_t i = 0; i < n; i += 32) {
       const __m512i drawn = mix(_mm512_add_epi32(lane, _mm512_set1_epi32((int)i)), row);
       for (int64_t half = 0; half < 2 && i + 16 * half < n; half++) {
