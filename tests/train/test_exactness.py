@@ -34,7 +34,7 @@ def test_gradient_is_that_of_separate_samples(name: str, shape: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(rows=samples(), block_rows=st.sampled_from([1, 2, 5, 1000]), keep=st.sampled_from(Keep))
 def test_gradient_of_drawn_trees_is_that_of_separate_samples(name: str, rows: list[Row], block_rows: int, keep: Keep) -> None:
     assume(supervised(rows))

@@ -63,21 +63,18 @@ def train(base: Any, rows: list[Row], engine: Callable[[Any], loop.Engine], step
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_fifty_steps_give_the_adapter_of_the_dense_engine_within_float32_rounding(name: str) -> None:
-    """As far apart as the dense engine is from itself with another batch size, which is another order of sums: no farther."""
+    """Another batch size, which is another order of sums, moves the dense engine's own adapter by 5e-7 of the way it went."""
     import transformers
 
     torch.manual_seed(0)
     base = transformers.AutoModelForCausalLM.from_config(make_config(name, vocab_size=VOCABULARY, **FAMILIES[name]))
-    rows = random_rows(8, n_rows=6, shared=20, vocabulary=VOCABULARY)
-    dense, losses = train(base, rows, lambda model: DenseEngine(model, 1), 50)
-    again, _ = train(base, rows, lambda model: DenseEngine(model, 6), 50)
-    first, _ = train(base, rows, lambda model: DenseEngine(model, 1), 1)
+    rows = random_rows(8, n_rows=4, shared=16, own=8, vocabulary=VOCABULARY)
+    dense, losses = train(base, rows, lambda model: DenseEngine(model, 4), 50)
+    first, _ = train(base, rows, lambda model: DenseEngine(model, 4), 1)
     tree, tree_losses = train(base, rows, lambda model: TreeEngine(read_architecture(model), Plan(12), TorchArithmetic()), 50)
-    moved = float((dense - first).norm())
-    rounding = float((again - dense).norm()) / moved
-    assert losses[-1] < losses[0] - 0.02
-    assert float((tree - dense).norm()) / moved <= max(3 * rounding, 1e-4)
-    assert tree_losses == pytest.approx(losses, rel=1e-5)
+    assert losses[-1] < losses[0] - 0.3
+    assert float((tree - dense).norm() / (dense - first).norm()) <= 1e-5
+    assert tree_losses == pytest.approx(losses, rel=1e-6)
 
 
 EPISODES = [

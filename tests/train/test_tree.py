@@ -13,7 +13,7 @@ from loraloop.train.engine import list_parents
 from loraloop.train.losses import Targets
 from loraloop.train.tree import Block, TokenTree, build_tree, list_visits
 
-many = settings(max_examples=150, deadline=None)
+many = settings(max_examples=80, deadline=None)
 block_sizes = st.sampled_from([1, 2, 3, 5, 8, 1000])
 
 
