@@ -65,12 +65,12 @@ class Recording(TorchArithmetic):
         self.masks: dict[int, torch.Tensor] = {}
         self.n_draws = 0
 
-    def dropout(self, x: torch.Tensor, keep: float, key: int, out: torch.Tensor, *, add: bool = False) -> None:
+    def dropout(self, x: torch.Tensor, keep: float, draw: tuple[int, int], out: torch.Tensor, *, add: bool = False) -> None:
         mask = torch.empty(x.shape, dtype=x.dtype)
-        self.inner.dropout(torch.ones(x.shape, dtype=x.dtype), keep, key, mask)
+        self.inner.dropout(torch.ones(x.shape, dtype=x.dtype), keep, draw, mask)
         assert torch.equal(self.masks.setdefault(key, mask), mask)
         self.n_draws += 1
-        self.inner.dropout(x, keep, key, out, add=add)
+        self.inner.dropout(x, keep, draw, out, add=add)
 
 
 def test_gradient_is_that_of_autograd_through_the_same_masks(both: Twins) -> None:
@@ -135,7 +135,7 @@ def test_kept_values_are_scaled_so_that_the_mean_is_that_without_dropout(kernels
     x = torch.ones(3000, 70, dtype=dtype)
     for keep in (0.7, 0.95):
         out = torch.empty_like(x)
-        arithmetic.dropout(x, keep, 123, out)
+        arithmetic.dropout(x, keep, (123, 0), out)
         assert out.unique().tolist() == [0.0, pytest.approx(1 / keep, rel=4e-3)]
         kept = (out > 0).double()
         spread = math.sqrt(keep * (1 - keep))
@@ -144,7 +144,7 @@ def test_kept_values_are_scaled_so_that_the_mean_is_that_without_dropout(kernels
             means = kept.mean(axis)
             assert float((means - keep).abs().max()) < 6 * spread / math.sqrt(kept.shape[axis])
         again = torch.full_like(x, 2.0)
-        arithmetic.dropout(x, keep, 123, again, add=True)
+        arithmetic.dropout(x, keep, (123, 0), again, add=True)
         assert torch.allclose(again, out + 2, atol=0.02)
 
 
