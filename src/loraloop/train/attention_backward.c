@@ -8,7 +8,7 @@
 #include <omp.h>
 #include <sched.h>
 
-enum { KEYS = 8, QUERIES = 4 }; /* groups in a block, of keys at most */
+enum { KEYS = 16, QUERIES = 4 }; /* groups in a block, of keys at most */
 
 typedef struct {
   bf16 *ka, *kt, *va;            /* a key-value head and group of 32 keys: k as A, k^T as A, v as A */
@@ -274,7 +274,7 @@ static void rank_blocks(const Call *c, const Mask *m, int block, int32_t *rank) 
 static int key_block(const Call *c) {
   const int64_t groups = (c->n_keys + 31) / 32;
   int block = KEYS;
-  while (block > 2 && (groups + block - 1) / block * c->n_kv_heads < 3 * c->n_threads) block /= 2;
+  while (block > 2 && (groups + block - 1) / block * c->n_kv_heads < (block == KEYS ? 6 : 3) * c->n_threads) block /= 2;
   return block;
 }
 
