@@ -58,17 +58,17 @@ def test_without_dropout_and_when_measuring_nothing_is_drawn(both: Twins) -> Non
 
 
 class Recording(TorchArithmetic):
-    """Notes the mask of every draw, by key, in the order in which they are first drawn."""
+    """Notes the mask of every draw, by key and first row, in the order in which they are first drawn."""
 
     def __init__(self, inner: TorchArithmetic | None = None) -> None:
         self.inner = inner or TorchArithmetic()
-        self.masks: dict[int, torch.Tensor] = {}
+        self.masks: dict[tuple[int, int], torch.Tensor] = {}
         self.n_draws = 0
 
     def dropout(self, x: torch.Tensor, keep: float, draw: tuple[int, int], out: torch.Tensor, *, add: bool = False) -> None:
         mask = torch.empty(x.shape, dtype=x.dtype)
         self.inner.dropout(torch.ones(x.shape, dtype=x.dtype), keep, draw, mask)
-        assert torch.equal(self.masks.setdefault(key, mask), mask)
+        assert torch.equal(self.masks.setdefault(draw, mask), mask)
         self.n_draws += 1
         self.inner.dropout(x, keep, draw, out, add=add)
 

@@ -7,9 +7,8 @@
 
 #include <omp.h>
 #include <sched.h>
-#include <stdlib.h>
 
-enum { KEYS = 8, QUERIES = 4 }; /* groups in a block, of keys at most */
+enum { KEYS = 16, QUERIES = 4 }; /* groups in a block, of keys at most */
 
 typedef struct {
   bf16 *ka, *kt, *va;            /* a key-value head and group of 32 keys: k as A, k^T as A, v as A */
@@ -275,7 +274,7 @@ static void rank_blocks(const Call *c, const Mask *m, int block, int32_t *rank) 
 static int key_block(const Call *c) {
   const int64_t groups = (c->n_keys + 31) / 32;
   int block = KEYS;
-  while (block > 2 && (groups + block - 1) / block * c->n_kv_heads < 3 * c->n_threads) block /= 2;
+  while (block > 2 && (groups + block - 1) / block * c->n_kv_heads < (block == KEYS ? 6 : 3) * c->n_threads) block /= 2;
   return block;
 }
 
@@ -289,7 +288,7 @@ int attention_backward(const Call *c, const bf16 *d_out, const bf16 *q, const bf
   const size_t rows = c->n_heads * query_groups * 32 * sizeof(float), turns = c->n_heads * query_blocks * sizeof(int32_t);
   const size_t ranks = key_blocks * query_blocks * sizeof(int32_t);
   const size_t bytes = mask_bytes(c) + 3 * keys + 6 * queries + 2 * rows + turns + ranks + c->n_threads * backward_bytes(c) + 2048;
-  char *all = aligned_alloc(64, (bytes + 63) & ~(size_t)63), *at = all;
+  char *all = open_workspace(bytes), *at = all;
   if (!all) return 1;
   const Mask m = make_mask(c, end, &at);
   int32_t *rank = take(&at, ranks);
@@ -308,6 +307,6 @@ int attention_backward(const Call *c, const bf16 *d_out, const bf16 *q, const bf
     backward(1, c, &m, &x, &t, at);
   else
     backward(0, c, &m, &x, &t, at);
-  free(all);
+  close_workspace(all);
   return 0;
 }

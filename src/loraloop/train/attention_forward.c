@@ -8,7 +8,6 @@
 
 #include <math.h>
 #include <omp.h>
-#include <stdlib.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -171,7 +170,7 @@ INLINE void forward(int amx, const Call *c, const Mask *m, const bf16 *q, const 
 int attention_forward(const Call *c, const bf16 *q, const bf16 *k, const bf16 *v, const int32_t *end, bf16 *out, float *lse) {
   const size_t packed = (size_t)c->n_kv_heads * ((c->n_keys + 31) / 32) * 2 * ((c->dim + 31) / 32) * TILE * sizeof(bf16);
   const size_t bytes = mask_bytes(c) + 2 * packed + c->n_threads * forward_bytes(c) + 1024;
-  char *all = aligned_alloc(64, (bytes + 63) & ~(size_t)63), *at = all;
+  char *all = open_workspace(bytes), *at = all;
   if (!all) return 1;
   const Mask m = make_mask(c, end, &at);
   bf16 *ka = take(&at, packed), *vt = take(&at, packed);
@@ -179,7 +178,7 @@ int attention_forward(const Call *c, const bf16 *q, const bf16 *k, const bf16 *v
     forward(1, c, &m, q, k, v, out, lse, ka, vt, at);
   else
     forward(0, c, &m, q, k, v, out, lse, ka, vt, at);
-  free(all);
+  close_workspace(all);
   return 0;
 }
 

@@ -7,7 +7,6 @@
 #include "tiles.h"
 
 #include <omp.h>
-#include <stdlib.h>
 
 enum { PIECE = 4, PANEL = 1536 }; /* groups of 32 rows in a piece, at most 8; columns in a panel at most: wide ones stream better */
 
@@ -131,13 +130,13 @@ int rank_products(const RankCall *c, const bf16 *u, const bf16 *y, float *out) {
   const int tiles = (c->n_ranks + 31) / 32 * 2;
   const size_t packed = (size_t)((c->n_rows + 31) / 32) * tiles * TILE * sizeof(bf16);
   const size_t each = (size_t)PIECE * panel / 16 * TILE * sizeof(bf16) + ((size_t)panel / 32 * tiles * 512 + 1024) * sizeof(float);
-  char *all = aligned_alloc(64, packed + c->n_threads * each), *at = all;
+  char *all = open_workspace(packed + c->n_threads * each), *at = all;
   if (!all) return 1;
   bf16 *ut = take(&at, packed);
   if (c->amx)
     multiply_ranks(1, c, u, y, out, panel, tiles, ut, at, each);
   else
     multiply_ranks(0, c, u, y, out, panel, tiles, ut, at, each);
-  free(all);
+  close_workspace(all);
   return 0;
 }
