@@ -59,6 +59,6 @@ def _open_step(engine: str, model: Any, rows: Sequence[Row], batch_size: int) ->
         return DenseEngine(model, batch_size).backward
     architecture = read_architecture(model)
     plan, words = make_plan(architecture, rows, len(rows), None)
-    arithmetic, why_not = choose_arithmetic(architecture.dtype)
+    arithmetic, why_not = choose_arithmetic(architecture.dtype, architecture.head_sizes)
     sys.stderr.write(f"tree: {arithmetic.name}{f' ({why_not})' if why_not else ''}, {words}\n")
     return TreeEngine(architecture, plan, arithmetic).backward

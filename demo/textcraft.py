@@ -32,6 +32,8 @@ MAX_MISTAKES = 4
 """So many commands in a row that the game could not execute end a play."""
 N_DISTRACTORS = 10
 """As many as the package draws."""
+AMPLE = 99
+"""Enough of one ingredient for every recipe that the expert repeats."""
 
 Ingredients = tuple[tuple[int, str], ...]
 
@@ -122,52 +124,48 @@ class TextCraftEnvironment:
 class Expert:
     """A player who knows which items carry which tag, and thinks aloud: `turns` are what it writes, the command on the last line.
 
-    It asks for what it needs; what cannot be got it makes, saying from what, and says how many it has of how many it needs.
+    It writes so that the next word can be copied from something just seen: a recipe in the words of its line, then what it has with
+    what follows it in the recipe. What the game cannot find it makes, and after each time writes down the subtraction that says
+    how many are left. For that it takes AMPLE of what lies around, so it never multiplies, nor compares what it has with what it needs.
     """
 
     def __init__(self, environment: TextCraftEnvironment, goal: str) -> None:
         self.environment = environment
         self.goal = item_name(goal)
-        self.stock: dict[str, int] = {}
-        self.asked: set[str] = set()
         self.thoughts: list[str] = []
 
     def turns(self) -> Iterator[str]:
         """Each turn of the play, up to the one that crafts the goal."""
-        yield from self._make(self.goal, 1, ())
+        recipe = _find_recipe(self.environment, self.goal, ())
+        if recipe is not None:
+            _, parts = recipe
+            yield from self._gather(self.goal, parts, [count for count, _ in parts], ())
+            yield self._craft(self.goal, parts)
 
-    def _obtain(self, listed: str, count: int, above: tuple[str, ...]) -> Iterator[str]:
-        """Turns that bring the stock of `listed`, an item or a tag, to `count`."""
-        name = _concrete(self.environment, listed)
-        if self.stock.get(name, 0) >= count:
-            return
-        if _find_recipe(self.environment, name, above) is not None:
-            if listed not in self.asked:
-                self.asked.add(listed)
-                yield self._turn(f"get {count} {listed}")  # the game says that it cannot be found
-            if name != listed:
-                self.thoughts.append(f"{listed} = {name}")
-            yield from self._make(name, count, above)
-            return
-        missing = count - self.stock.get(name, 0)
-        self.stock[name] = count
-        yield self._turn(f"get {missing} {name}")
+    def _gather(self, name: str, parts: Ingredients, counts: list[int], above: tuple[str, ...]) -> Iterator[str]:
+        """Turns that bring `counts` of the `parts` of `name`."""
+        self.thoughts.append(f"{name} using {_listed(parts)}")
+        for number, (count, (_, part)) in enumerate(zip(counts, parts, strict=True)):
+            yield self._turn(f"get {count} {part}")  # for what must be made the game says that it cannot be found
+            recipe = _find_recipe(self.environment, part, (*above, name))
+            if recipe is not None:
+                yield from self._make(part, count, recipe, (*above, name))
+            self.thoughts.append(_listed(parts[number:]))
 
-    def _make(self, name: str, count: int, above: tuple[str, ...]) -> Iterator[str]:
-        """Turns that craft `name` until there are `count`."""
-        recipe = _find_recipe(self.environment, name, above)
-        if recipe is None:
-            return
-        made, listed, concrete = recipe
-        self.thoughts.append(f"{name} = " + ", ".join(f"{amount} {part}" for amount, part in listed))
-        while self.stock.get(name, 0) < count:
-            for amount, part in listed:
-                yield from self._obtain(part, amount, (*above, name))
-            for amount, part in concrete:
-                self.stock[part] = self.stock.get(part, 0) - amount
-            self.stock[name] = self.stock.get(name, 0) + made
-            yield self._turn(f"craft {name} using " + ", ".join(f"{amount} {part}" for amount, part in concrete))
-            self.thoughts.append(f"{self.stock[name]} of {count}")
+    def _make(self, name: str, count: int, recipe: tuple[int, Ingredients], above: tuple[str, ...]) -> Iterator[str]:
+        """Turns that craft `count` of `name`."""
+        made, parts = recipe
+        times = -(-count // made)
+        must_be_made = [_find_recipe(self.environment, part, (*above, name)) is not None for _, part in parts]
+        counts = [amount * times if must else AMPLE for must, (amount, _) in zip(must_be_made, parts, strict=True)]
+        yield from self._gather(name, parts, counts, above)
+        while count > 0:
+            yield self._craft(name, parts)
+            self.thoughts.append(f"{count} - {made} = {max(count - made, 0)}")
+            count -= made
+
+    def _craft(self, name: str, parts: Ingredients) -> str:
+        return self._turn(f"craft {name} using {_listed(parts)}")
 
     def _turn(self, command: str) -> str:
         turn = "\n".join([*self.thoughts, command])
@@ -183,7 +181,7 @@ def random_actions(environment: TextCraftEnvironment, chance: random.Random) -> 
             amount, name = chance.choice(ingredients)
             yield f"get {amount} {name}"
         else:
-            yield f"craft {count} {item} using " + ", ".join(f"{n} {name}" for n, name in ingredients)
+            yield f"craft {count} {item} using {_listed(ingredients)}"
 
 
 @dataclass
@@ -241,33 +239,38 @@ def _play(environment: TextCraftEnvironment, observation: str, turns: Iterator[s
     return play
 
 
-def _find_recipe(environment: TextCraftEnvironment, name: str, above: tuple[str, ...]) -> tuple[int, Ingredients, Ingredients] | None:
-    """(how many it makes, the ingredients as listed, the same with items for tags) of the shallowest listed recipe for `name`.
+def _find_recipe(environment: TextCraftEnvironment, name: str, above: tuple[str, ...]) -> tuple[int, Ingredients] | None:
+    """(how many it makes, the ingredients with items for tags) of the shallowest listed recipe for `name`.
 
     None when no line makes it, or only from something that is being made of it (`above`).
     """
     options = []
     for item, made, listed in environment.recipes:
-        concrete = _match(environment, listed)
-        if item == name and not any(part in {*above, name} for _, part in concrete):
-            depth = max(environment.tree.get_min_depth("minecraft:" + part.replace(" ", "_")) for _, part in concrete)
-            options.append((depth, made, listed, concrete))
+        parts = tuple((amount, _concrete(environment, part)) for amount, part in listed)
+        if item == name and not any(part in {*above, name} for _, part in parts):
+            options.append((max(_depth(environment, part) for _, part in parts), made, parts))
     return min(options, key=lambda option: option[0])[1:] if options else None
 
 
-def _match(environment: TextCraftEnvironment, ingredients: Ingredients) -> Ingredients:
-    """Ingredients with items for tags."""
-    return tuple((amount, _concrete(environment, part)) for amount, part in ingredients)
-
-
 def _concrete(environment: TextCraftEnvironment, name: str) -> str:
-    """`name` itself, or for a tag the first listed item that carries it (else the first known one)."""
-    item_id = "minecraft:" + name.replace(" ", "_")
-    if not environment.tree.is_tag(item_id):
+    """`name` itself, or for a tag the first item that carries it among those with the fewest crafting levels."""
+    tag = _item_id(name)
+    if not environment.tree.is_tag(tag):
         return name
-    carriers = sorted(item_name(item) for item in environment.tree.get_items_with_tags(item_id))
-    listed = {item for item, _, _ in environment.recipes}
-    return next((item for item in carriers if item in listed), carriers[0] if carriers else name)
+    carriers = sorted(item_name(item) for item in environment.tree.get_items_with_tags(tag))
+    return min(carriers, key=lambda item: _depth(environment, item), default=name)
+
+
+def _depth(environment: TextCraftEnvironment, name: str) -> int:
+    return int(environment.tree.get_min_depth(_item_id(name)))
+
+
+def _item_id(name: str) -> str:
+    return "minecraft:" + name.replace(" ", "_")
+
+
+def _listed(parts: Ingredients) -> str:
+    return ", ".join(f"{amount} {part}" for amount, part in parts)
 
 
 def _rules(tree: CraftingTree) -> dict[str, object]:

@@ -67,9 +67,7 @@ def test_a_sample_is_a_conversation_too():
     assert [turn.content for turn in conversation.conversations] == ["Be brief.", "Why?", "Because."]
 
 
-@pytest.mark.parametrize(
-    "fields", [{"messages": []}, {"weight": 0}, {"weight": -1}, {"weight": float("nan")}, {"kind": "kto"}, {"extra": 1}]
-)
+@pytest.mark.parametrize("fields", [{"messages": []}, {"weight": -1}, {"weight": float("nan")}, {"kind": "kto"}, {"extra": 1}])
 def test_a_sample_that_cannot_be_trained_is_not_made(fields):
     with pytest.raises(ValidationError):
         TrainingData.model_validate({"messages": [{"role": "user", "content": "x"}], **fields})
@@ -125,6 +123,11 @@ def test_a_line_of_conversations_alone_will_do():
     assert sample == TrainingData.sft_simple("Q", "A")
 
 
+def test_a_line_of_weight_0_is_a_sample_and_keeps_its_weight():
+    line = {"conversations": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}], "kind": "sft", "weight": 0.0}
+    assert TrainingData.from_line(line).to_line() == line
+
+
 def test_a_key_of_ours_that_is_null_says_nothing():
     line = {"conversations": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]}
     nothing = dict.fromkeys(("kind", "rejected", "tools", "weight", "episode_id"))
@@ -144,7 +147,7 @@ def test_a_key_of_ours_that_is_null_says_nothing():
             r"conversations\.1\.role: .*found 'robot'",
         ),
         ({"conversations": [{"from": "human", "value": "x"}]}, r"conversations\.0\.role: Field required"),
-        ({"conversations": [{"role": "user", "content": "x"}], "weight": 0}, "weight: .*greater than 0, found '0'"),
+        ({"conversations": [{"role": "user", "content": "x"}], "weight": -1}, "weight: .*greater than or equal to 0, found '-1'"),
         ({"conversations": [{"role": "user", "content": "x"}], "kind": "rl"}, "kind: .*found 'rl'"),
         ({"conversations": [{"role": "user", "content": "x"}], "tools": 5}, "tools: .*found '5'"),
         ({"conversations": [{"role": "user", "content": "x"}], "rejected": [7]}, r"rejected\.0: .*found '7'"),

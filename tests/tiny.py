@@ -32,31 +32,39 @@ def make_tokenizer(chat_template: str | None = CHATML, special: list[str] = SPEC
     return fast
 
 
-def make_model(architecture: str, folder: Path, chat_template: str | None = CHATML) -> Path:
-    """Save a random model of `architecture` (llama, qwen3, lfm2) and its tokenizer into `folder`."""
-    import torch
+def make_config(architecture: str, **changes: Any) -> Any:
+    """The configuration of a tiny model: llama, qwen2 (biases), qwen3 (norms of queries and keys) or lfm2 (short convolutions)."""
     import transformers
 
-    tokenizer = make_tokenizer(chat_template)
     shape = {
         "hidden_size": 64,
         "intermediate_size": 128,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
-        "vocab_size": len(tokenizer),
         "max_position_embeddings": 4096,
         "bos_token_id": None,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
     }
-    configs = {
-        "llama": lambda: transformers.LlamaConfig(**shape, tie_word_embeddings=True),
-        "qwen3": lambda: transformers.Qwen3Config(**shape, head_dim=16),
-        "lfm2": lambda: transformers.Lfm2Config(**shape, layer_types=["conv", "full_attention"]),
+    own = {
+        "llama": (transformers.LlamaConfig, {"tie_word_embeddings": True}),
+        "qwen2": (transformers.Qwen2Config, {}),
+        "qwen3": (transformers.Qwen3Config, {"head_dim": 16}),
+        "lfm2": (transformers.Lfm2Config, {"layer_types": ["conv", "full_attention"]}),
     }
+    kind, settings = own[architecture]
+    return kind(**{**shape, **settings, **changes})
+
+
+def make_model(architecture: str, folder: Path, chat_template: str | None = CHATML, **changes: Any) -> Path:
+    """Save a random model (see `make_config`) and its tokenizer into `folder`."""
+    import torch
+    import transformers
+
+    tokenizer = make_tokenizer(chat_template)
+    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    config = make_config(architecture, vocab_size=len(tokenizer), **ends, **changes)
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(configs[architecture]())
+    model = transformers.AutoModelForCausalLM.from_config(config)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

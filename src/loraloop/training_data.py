@@ -63,8 +63,8 @@ class TrainingData(Frozen):
     messages: tuple[Message, ...] = Field(min_length=1)
     rejected_messages: tuple[Message, ...] = ()
     tools: tuple[dict[str, JsonValue], ...] = ()
-    weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
-    """Multiplies the loss of every agent token in the sample."""
+    weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
+    """Multiplies the loss of every agent token in the sample; 0 leaves it out of a training, as a refusal."""
     episode_id: EpisodeId | None = None
     split_key: str | None = None
     """Samples with equal keys are never divided between training and held-out."""

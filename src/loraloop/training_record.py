@@ -20,7 +20,7 @@ class DataReport(Frozen):
 
     samples: int
     samples_used: int
-    """Those that gave at least one row."""
+    """Those that gave at least one row to train on. A training that ends early trains fewer: see `samples_trained`."""
     rows: int
     """Sequences trained on; a sample longer than the limit becomes several."""
     n_tokens: int
@@ -80,7 +80,10 @@ class TrainingRecord(Frozen):
     device: str
     versions: dict[str, str]
     data: DataReport
+    samples_trained: int
+    """Samples of which at least one row was in an optimizer step."""
     used_episode_ids: list[str]
+    """Exactly the episodes of which at least one row was in an optimizer step, in the order of the data."""
     refused: list[RefusedSample]
     steps: int
     final_loss: float | None

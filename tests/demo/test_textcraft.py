@@ -47,15 +47,28 @@ def test_playing_changes_no_table(tree: textcraft.CraftingTree) -> None:
     assert environment.reset(tasks[0]) == first
 
 
-def test_the_expert_reaches_most_goals_and_chance_hardly_any(tree: textcraft.CraftingTree) -> None:
+def test_the_expert_reaches_every_goal_two_levels_deep_and_chance_hardly_any(tree: textcraft.CraftingTree) -> None:
     environment = textcraft.TextCraftEnvironment(tree)
     tasks = textcraft.list_tasks(tree, (1, 2))
     wins = Counter(task.depth for task in tasks if textcraft.play_expert(environment, task).reward)
     counts = Counter(task.depth for task in tasks)
-    assert wins[1] == counts[1] == 125
-    assert wins[2] >= 0.95 * counts[2]
+    assert wins == counts == {1: 125, 2: 291}
     by_chance = sum(textcraft.play_random(environment, task, random.Random(task.seed)).reward for task in tasks if task.depth == 2)
     assert by_chance <= 0.05 * counts[2]
+
+
+def test_what_the_expert_says_is_left_is_what_its_inventory_lacks(tree: textcraft.CraftingTree) -> None:
+    environment = textcraft.TextCraftEnvironment(tree)
+    task = next(task for task in textcraft.list_tasks(tree, (2,)) if task.goal == "minecraft:beehive")
+    environment.reset(task)
+    heard, lefts = [], []
+    for turn in textcraft.Expert(environment, task.goal).turns():
+        lefts += [line for line in turn.splitlines() if " - " in line]
+        heard.append(environment.step(turn.splitlines()[-1])[0])
+    crafted = [observation for observation in heard if observation == "Crafted 4 minecraft:acacia_planks"]
+    assert heard[0] == "Could not find acacia planks"  # 6 of them are wanted
+    assert (lefts, len(crafted)) == (["6 - 4 = 2", "2 - 4 = 0"], 2)
+    assert heard[-1] == "Crafted 1 minecraft:beehive"
 
 
 def test_the_reward_is_the_games_own(tree: textcraft.CraftingTree) -> None:

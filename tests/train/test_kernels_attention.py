@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
 import pytest
 import torch
 from train.attention_reference import Case, dense, flash, make_case, relative_error, visible
@@ -59,6 +62,18 @@ def test_a_random_tree_is_as_exact_as_torch_flash_attention(kernels: Kernels, sh
         noise = 4e-3 if true[name].norm() > 1e-3 else 1.0
         assert error <= max(1.5 * theirs, noise), f"{name}: {error:.2e}, torch {theirs:.2e}"
         assert error < 8e-3 or noise == 1.0
+
+
+@pytest.mark.parametrize("first", [289, 301, 319, 700])
+def test_rows_that_see_nothing_of_many_keys_before_their_own_are_right(kernels: Kernels, first: int) -> None:
+    """Two long siblings, the border between them inside a group of rows: for its second half all keys so far were hidden."""
+    case = make_case(first + 290, 0, (3, 1), 64)
+    end = torch.full((first + 290,), first + 290, dtype=torch.int32)
+    end[:first] = first
+    got, true = run(kernels, case, end), dense(case, visible(end, 0))
+    assert (got["lse"].double() - true["lse"]).abs().max() < 2e-5
+    for name in NAMES:
+        assert relative_error(got[name], true[name]) < 8e-3, name
 
 
 def test_scores_far_apart_neither_overflow_nor_lose_the_small(kernels: Kernels) -> None:
@@ -138,6 +153,25 @@ def test_the_same_bits_on_every_run_and_any_number_of_threads(kernels: Kernels, 
     for other in runs[1:]:
         for name, tensor in other.items():
             assert torch.equal(tensor, runs[0][name]), name
+
+
+def test_calls_at_one_time_have_memory_of_their_own(kernels: Kernels) -> None:
+    cases = [make_case(200 + 60 * i, 100, (3, 1), 64, seed=i) for i in range(3)]
+    alone = [run(kernels, case) for case in cases]
+    with ThreadPoolExecutor(3) as pool:
+        together = list(pool.map(lambda i: (i % 3, run(kernels, cases[i % 3])), range(60)))
+    for i, got in together:
+        for name, tensor in got.items():
+            assert torch.equal(tensor, alone[i][name]), name
+
+
+@pytest.mark.parametrize("shape", [(100, 30, (3, 1), 48), (33, 0, (1, 1), 64)], ids=str)
+def test_what_a_call_leaves_in_memory_does_not_reach_the_next(kernels: Kernels, shape: tuple) -> None:
+    case, larger = make_case(*shape), make_case(300, 200, (4, 1), 128)
+    before = run(kernels, case)
+    run(kernels, replace(larger, **{name: torch.full_like(getattr(larger, name), torch.nan) for name in ("q", "k", "v", "d_out")}))
+    for name, tensor in run(kernels, case).items():
+        assert torch.equal(tensor, before[name]), name
 
 
 def test_a_product_of_torch_is_right_before_and_after(kernels: Kernels) -> None:

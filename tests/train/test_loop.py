@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import random
@@ -323,6 +324,17 @@ def test_loss_that_is_not_a_number_stops_at_its_step_and_names_the_episodes(load
     with pytest.raises(LoraTrainerError, match=r"the loss of step 1 is nan, .*episode \d, episode \d\. Lower the learning rate"):
         run(model, rows, make_settings(), heard.append)
     assert heard == []
+
+
+def test_a_row_without_an_episode_is_named_by_the_number_of_its_sample(load: Loader) -> None:
+    import torch
+
+    model, (row,) = load(), make_rows((9,))
+    with torch.no_grad():
+        next(parameter for parameter in model.parameters() if parameter.requires_grad).fill_(math.nan)
+    nameless = dataclasses.replace(row, episode_id=None, sample_number=4)
+    with pytest.raises(LoraTrainerError, match=r"its samples came from sample 4\. Lower"):
+        run(model, [nameless], make_settings(), lambda _: None)
 
 
 def test_gradient_that_is_not_finite_stops_before_it_spoils_the_adapter(load: Loader) -> None:

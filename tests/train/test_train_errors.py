@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -80,7 +81,10 @@ def test_a_line_that_is_no_sample_is_named(run: Any, tmp_path: Path) -> None:
 
 
 def test_a_file_of_which_nothing_can_be_trained_is_empty_data(run: Any, tmp_path: Path) -> None:
-    assert_refused(run(UNUSABLE, UNUSABLE), tmp_path / "out", "EmptyData: Empty data: none of 2 samples", "refused: no_agent_turn 2")
+    ended = run(UNUSABLE, UNUSABLE)
+    assert_refused(ended, tmp_path / "out", "EmptyData: Empty data: none of 2 samples", "refused: no_agent_turn 2")
+    (empty,) = (event for event in ended[1] if event["event"] == "empty")
+    assert "the first refusal: no_agent_turn, no turn of the agent's own" in empty["message"]
 
 
 def test_an_empty_file_is_empty_data(run: Any, tmp_path: Path) -> None:
@@ -94,6 +98,17 @@ def test_text_that_no_tokenizer_takes_is_refused_and_the_rest_is_trained(run: An
     assert record.used_episode_ids == [line()["episode_id"]]
     assert record.data.refused == {"not_unicode": 1}
     assert [refused.episode_id for refused in record.refused] == [line(number=2)["episode_id"]]
+
+
+def test_the_lightest_and_the_heaviest_weights_that_are_trained_give_numbers(run: Any, tmp_path: Path) -> None:
+    lines = [{**line(number=number), "weight": weight} for number, weight in enumerate((1e6, 1e-6, 1e300, 0))]
+    for engine in ("tree", "dense"):
+        code, _, said = run(*lines, more=(f"--engine={engine}",))
+        assert code == 0, said
+        record = TrainingRecord.model_validate_json((tmp_path / "out" / "training_record.json").read_bytes())
+        assert record.data.refused == {"weight_out_of_range": 1, "weight_zero": 1}
+        assert all(math.isfinite(loss) for _, loss in record.loss_history)
+        shutil.rmtree(tmp_path / "out")
 
 
 def test_a_template_that_loses_tool_calls_is_refused_before_the_first_step(run: Any, base: Path, tmp_path: Path) -> None:
@@ -222,3 +237,17 @@ def test_training_ends_after_the_steps_that_it_may_take(run: Any, tmp_path: Path
     assert code == 0
     assert [event["step"] for event in events if event["event"] == "step"] == [1, 2, 3]
     assert TrainingRecord.model_validate_json((tmp_path / "out" / "training_record.json").read_bytes()).steps == 3
+
+
+@pytest.mark.parametrize(("steps", "n_used"), [(1, 2), (2, 4), (9, 10)])
+def test_episodes_recorded_as_used_are_those_that_were_in_a_step(run: Any, tmp_path: Path, steps: int, n_used: int) -> None:
+    code, _, said = run(*[line(number=number) for number in range(10)], more=("--epochs=2", f"--max-steps={steps}"))
+    assert code == 0, said
+    record = TrainingRecord.model_validate_json((tmp_path / "out" / "training_record.json").read_bytes())
+    order: list[int] = []
+    for epoch in range(2):
+        drawn = list(range(10))
+        random.Random(f"0:{epoch}").shuffle(drawn)
+        order += drawn
+    assert record.used_episode_ids == [line(number=number)["episode_id"] for number in sorted(set(order[: 2 * steps]))]
+    assert (record.samples_trained, len(record.used_episode_ids), record.data.samples_used) == (n_used, n_used, 10)

@@ -38,6 +38,8 @@ class Row:
     weights: list[float]  # (tokens,) loss weight of each token as a target
     text: str
     episode_id: str | None = None
+    sample_number: int = 0
+    """Of the sample in its training file, from 1; 0 when it is in none."""
     trained_by_role: dict[str, int] = field(default_factory=dict)
     """How many trained tokens lie in the text of a turn of each role; all must be the assistant's."""
     n_turns: int = 0
@@ -51,6 +53,11 @@ class Row:
     def n_supervised(self) -> int:
         """Tokens that carry loss."""
         return sum(weight > 0 for weight in self.weights)
+
+    @property
+    def origin(self) -> str:
+        """Where it came from, for messages: the episode, else the number of the sample."""
+        return self.episode_id or f"sample {self.sample_number}"
 
 
 def render(template: ChatTemplate, sample: TrainingData, max_length: int) -> tuple[list[Row], list[Refusal]]:

@@ -24,7 +24,7 @@ class LoraTrainerConfig:
     lora_alpha: float = 32.0
     """More than 0; the adapter is scaled by lora_alpha / lora_rank."""
     lora_dropout: float = 0.05
-    """0 <= lora_dropout < 1."""
+    """0 <= lora_dropout < 1; samples of a step that share a beginning share its draws (docs/concepts.md)."""
     epochs: int = 3
     """Passes over the data, at least 1."""
     batch_size: int = 4

@@ -46,9 +46,9 @@ class TrainedModel(Frozen):
     adapter_path: Path
     learn_model_name: str
     episode_ids: tuple[EpisodeId, ...]
-    """Exactly the episodes that were trained on."""
+    """Exactly the episodes of which at least one row was in an optimizer step; all that it was given for another training script."""
     sample_count: int
-    """How many samples were trained on."""
+    """Samples of which at least one row was in an optimizer step; all that it was given for another training script."""
     created_at: int
     """When training had ended, in Unix milliseconds."""
     metrics: TrainingMetrics | None = None

@@ -251,7 +251,7 @@ class LoraTrainer:
         sample_count = len(samples.training)
         metrics = TrainingMetrics(training_time_secs=seconds)
         if record is not None:
-            used, sample_count = record.used_episode_ids, record.data.samples_used
+            used, sample_count = record.used_episode_ids, record.samples_trained
             refused.update(record.data.refused)
             metrics = TrainingMetrics(
                 final_loss=record.final_loss,

@@ -17,13 +17,13 @@ from loraloop.training_record import TrainingEvent
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0 when the adapter is saved; 1 with one clear message on stderr when it cannot be."""
     arguments = parse_arguments(argv)
-    tune_process()
+    keeps_memory = tune_process()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # meant for peft; it would stand in every error
     from loraloop.train.run import run  # torch only loads once the arguments are known to be right
 
     try:
-        run(arguments, emit)
+        run(arguments, emit, keeps_memory=keeps_memory)
     except (LoraLoopError, OSError, ValueError) as error:
         if isinstance(error, EmptyData):
             emit(TrainingEvent(event="empty", message=error.message, refused=error.refused))

@@ -3,7 +3,7 @@
 The frozen weights W of the layers (q, k and v; gate and up; or one alone) and their B matrices lie in one buffer, and PEFT's modules
 keep names, configuration and files: their base weights become views of it, their A and B stay theirs and get the gradients. The
 input is saved once for all of them, in its own dtype; nothing of its size is made in float32. Not autograd: `backward` is called
-with what `forward` was, and adds to the gradients of A and B.
+with what `forward` was; gradients of A and B are summed over blocks in float32 at least, until `collect`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+
+from loraloop.train.call import Call
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,10 @@ class FusedLinear:
         weight = bases[0].weight
         self.weight = torch.zeros(n_outputs, self.n_inputs + n_ranks, dtype=weight.dtype)  # (outputs, inputs + ranks)
         self.a = torch.zeros(n_ranks, self.n_inputs, dtype=weight.dtype)  # (ranks, inputs), scaled
+        precise = torch.promote_types(weight.dtype, torch.float32)
+        self._d_a = torch.zeros(n_ranks, self.n_inputs, dtype=precise)
+        self._d_b = torch.zeros(n_ranks, n_outputs, dtype=precise)
+        """Only the blocks of an adapter's own ranks and outputs are of use."""
         self.bias = _join_biases(bases, weight.dtype)
         self.width = self.weight.shape[1]
         """Columns of a filled input."""
@@ -63,17 +69,16 @@ class FusedLinear:
             columns = slice(self.n_inputs + adapter.ranks.start, self.n_inputs + adapter.ranks.stop)
             self.weight[adapter.outputs, columns] = adapter.b.detach().to(self.weight.dtype)
 
-    def fill(self, x: torch.Tensor, seed: int | None) -> None:
-        """Compute u on the right of `x` from the input on its left. `seed` draws the dropout; None is without."""
+    def fill(self, x: torch.Tensor, call: Call) -> None:
+        """Compute u on the right of `x` from the input on its left."""
         left = x[:, : self.n_inputs]
-        if seed is None or not any(adapter.dropout for adapter in self.adapters):
+        if not self._drops(call):
             if self.adapters:
                 torch.mm(left, self.a.t(), out=x[:, self.n_inputs :])
             return
         for adapter in self.adapters:
             columns = slice(self.n_inputs + adapter.ranks.start, self.n_inputs + adapter.ranks.stop)
-            kept = left * self._mask(adapter, left, seed)
-            x[:, columns] = kept @ self.a[adapter.ranks].t()
+            x[:, columns] = self._dropped(left, adapter, call) @ self.a[adapter.ranks].t()
 
     def forward(self, x: torch.Tensor, out: torch.Tensor, rows: slice = slice(None), *, add_to: torch.Tensor | None = None) -> torch.Tensor:
         """`out` := (rows, outputs) of a filled `x`; `rows` picks outputs, `add_to` is added to the product (a residual stream)."""
@@ -87,52 +92,64 @@ class FusedLinear:
         """`out` := the gradient of the product's left side; the input's own is not complete before `finish`."""
         return torch.mm(d_y, self.weight, out=out)
 
-    def finish(self, d_y: torch.Tensor, d_x: torch.Tensor, x: torch.Tensor, seed: int | None) -> torch.Tensor:
-        """Add to the gradients of A and B, and give the whole gradient of the input, (rows, inputs), a view of `d_x`.
+    def finish(self, d_y: torch.Tensor, d_x: torch.Tensor, x: torch.Tensor, call: Call) -> torch.Tensor:
+        """Add to the sums of A's and B's gradients, and give the whole gradient of the input, (rows, inputs), a view of `d_x`.
 
         `d_x` is what `backward` gave for `d_y`, `x` the filled input of the forward pass.
         """
-        self.add_b_gradients(d_y, x[:, self.n_inputs :])
-        self.add_input_gradient(d_x, seed)
-        self.add_a_gradients(d_x, x[:, : self.n_inputs], seed)
+        self.add_b_gradients(d_y, x[:, self.n_inputs :], call)
+        self.add_input_gradient(d_x, call)
+        self.add_a_gradients(d_x, x[:, : self.n_inputs], call)
         return d_x[:, : self.n_inputs]
 
-    def add_b_gradients(self, d_y: torch.Tensor, u: torch.Tensor) -> None:
+    def add_b_gradients(self, d_y: torch.Tensor, u: torch.Tensor, call: Call) -> None:
         """B's gradients, from the output's gradient and u."""
-        if not self.adapters:
-            return
-        products = torch.mm(u.t(), d_y)  # (ranks, outputs); only the diagonal blocks are of use
-        for adapter in self.adapters:
-            _gradient(adapter.b).add_(products[adapter.ranks, adapter.outputs].t())
+        if self.adapters:
+            call.arithmetic.rank_products(u, d_y, self._d_b)
 
-    def add_input_gradient(self, d_x: torch.Tensor, seed: int | None) -> None:
+    def add_input_gradient(self, d_x: torch.Tensor, call: Call) -> None:
         """Add what comes through A to the left of `d_x`."""
         left, d_u = d_x[:, : self.n_inputs], d_x[:, self.n_inputs :]
-        if seed is None or not any(adapter.dropout for adapter in self.adapters):
+        if not self._drops(call):
             if self.adapters:
                 left.addmm_(d_u, self.a)
             return
         for adapter in self.adapters:
-            left.add_(torch.mm(d_u[:, adapter.ranks], self.a[adapter.ranks]).mul_(self._mask(adapter, left, seed)))
+            through = torch.mm(d_u[:, adapter.ranks], self.a[adapter.ranks])
+            call.arithmetic.dropout(through, 1 - adapter.dropout, self._draw(adapter, call), left, add=True)
 
-    def add_a_gradients(self, d_x: torch.Tensor, x: torch.Tensor, seed: int | None) -> None:
+    def add_a_gradients(self, d_x: torch.Tensor, x: torch.Tensor, call: Call) -> None:
         """A's gradients, from that of u on the right of `d_x` and the input."""
         d_u = d_x[:, self.n_inputs :]
-        if seed is None or not any(adapter.dropout for adapter in self.adapters):
-            products = torch.mm(d_u.t(), x) if self.adapters else None  # (ranks, inputs)
-            for adapter in self.adapters:
-                assert products is not None  # noqa: S101  for the type checker
-                _gradient(adapter.a).add_(products[adapter.ranks], alpha=adapter.scaling)
+        if not self.adapters:
+            return
+        if not self._drops(call):
+            call.arithmetic.rank_products(d_u, x, self._d_a)
             return
         for adapter in self.adapters:
-            kept = x * self._mask(adapter, x, seed)
-            _gradient(adapter.a).add_(torch.mm(d_u[:, adapter.ranks].t(), kept), alpha=adapter.scaling)
+            call.arithmetic.rank_products(d_u[:, adapter.ranks], self._dropped(x, adapter, call), self._d_a[adapter.ranks])
 
-    def _mask(self, adapter: Adapter, like: torch.Tensor, seed: int) -> torch.Tensor:
-        """Dropout's factors for one adapter, (rows, inputs): the same for the same seed, drawn anew in the backward pass."""
-        keep = 1.0 - adapter.dropout
-        generator = torch.Generator().manual_seed((seed * 1_000_003 + self.key * 64 + adapter.ranks.start) % 2**63)
-        return torch.empty(like.shape, dtype=torch.float32).bernoulli_(keep, generator=generator).div_(keep).to(like.dtype)
+    def collect(self) -> None:
+        """Add what blocks have summed up to the gradients of PEFT's parameters, and begin anew."""
+        for adapter in self.adapters:
+            _gradient(adapter.a).add_(self._d_a[adapter.ranks], alpha=adapter.scaling)
+            _gradient(adapter.b).add_(self._d_b[adapter.ranks, adapter.outputs].t())
+        self._d_a.zero_()
+        self._d_b.zero_()
+
+    def _drops(self, call: Call) -> bool:
+        return call.seed is not None and any(adapter.dropout for adapter in self.adapters)
+
+    def _dropped(self, x: torch.Tensor, adapter: Adapter, call: Call) -> torch.Tensor:
+        """The adapter's own draw of dropout on `x`, the same each time."""
+        out = torch.empty(x.shape, dtype=x.dtype)
+        call.arithmetic.dropout(x, 1 - adapter.dropout, self._draw(adapter, call), out)
+        return out
+
+    def _draw(self, adapter: Adapter, call: Call) -> tuple[int, int]:
+        """(key, first row) of one adapter's mask: of its own for every step, layer and adapter, by row of the tree."""
+        number: int = self.key * 4096 + adapter.ranks.start
+        return ((call.seed or 0) + number * 0x9E3779B97F4A7C15) % 2**64, call.block.start
 
 
 def _base(module: nn.Module) -> nn.Linear:

@@ -41,6 +41,11 @@ class Architecture:
         """Of the base weights."""
         return self.embed.dtype
 
+    @property
+    def head_sizes(self) -> set[int]:
+        """Values of an attention head."""
+        return {layer.mixer.shape.size for layer in self.layers if isinstance(layer.mixer, Attention)}
+
 
 def find_obstacle(model: Any) -> str | None:
     """Why the tree engine cannot compute this PEFT model, in words for the user; None when it can."""

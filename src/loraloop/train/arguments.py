@@ -91,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     contract.add_argument("--max-seq-length", type=int, default=2048, help="tokens of a row, at most (2048)")
     own = parser.add_argument_group("loraloop's own")
     own.add_argument("--held-out", type=Path, help="samples to measure the loss on before and after, never trained on")
-    own.add_argument("--held-out-tokens", type=int, default=20_000, help="measure on the first rows up to this many tokens (20000)")
+    own.add_argument("--held-out-tokens", type=int, default=20_000, help="tokens to measure on, rows of all samples in turn (20000)")
     own.add_argument("--seed", type=int, default=0, help="of adapter, order and dropout (0)")
     own.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="of the base weights (auto)")
     own.add_argument("--max-steps", type=int, help="end after this many optimizer steps")

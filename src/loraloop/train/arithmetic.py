@@ -6,11 +6,14 @@ with our own kernels, each in one pass over memory. Functions write into what th
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
+import numpy as np
 import torch
 from typing_extensions import override
 
 from loraloop.train import attention
-from loraloop.train.kernels import Kernels, load_kernels
+from loraloop.train.kernels import HEAD_DIM_STEP, MAX_HEAD_DIM, Kernels, load_kernels
 from loraloop.train.tree import Block
 
 Saved = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
@@ -80,6 +83,26 @@ class TorchArithmetic:
         logits.copy_((wide - lse.unsqueeze(-1)).exp_().mul_(factors.unsqueeze(-1)))
         return lse
 
+    def dropout(self, x: torch.Tensor, keep: float, draw: tuple[int, int], out: torch.Tensor, *, add: bool = False) -> None:
+        """`out` := x * mask / keep, or += that; each value is kept with probability `keep`, in steps of 1/65536.
+
+        `draw` is (key, number of the first row): the mask follows from key, row and column alone, however rows are cut into blocks.
+        16 bits are drawn for a value, which is much faster than torch's own draws on a CPU. Salmon et al. 2011.
+        """
+        n_rows, n = x.shape
+        n_counters = -(-n // 16)  # of a row; each gives 4 words of 64 bits
+        bits = np.random.Philox(key=draw[0] % 2**62).advance(draw[1] * n_counters)
+        drawn = bits.random_raw(n_rows * n_counters * 4).view(np.uint16).reshape(n_rows, -1)[:, :n]
+        value = x * torch.from_numpy(drawn < round(keep * 65536)) / keep
+        if add:
+            out.add_(value)
+        else:
+            out.copy_(value)
+
+    def rank_products(self, u: torch.Tensor, y: torch.Tensor, out: torch.Tensor) -> None:
+        """`out` += u^T y, (ranks, columns) in float32 at least, of `u` (rows, ranks) and `y` (rows, columns): a LoRA matrix's gradient."""
+        out.add_(torch.mm(u.t(), y))
+
 
 class NativeArithmetic(TorchArithmetic):
     """In our own kernels, for bfloat16; every method as in TorchArithmetic."""
@@ -124,11 +147,22 @@ class NativeArithmetic(TorchArithmetic):
     def softmax(self, logits: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
         return self.kernels.head_softmax(logits, factors)
 
+    @override
+    def dropout(self, x: torch.Tensor, keep: float, draw: tuple[int, int], out: torch.Tensor, *, add: bool = False) -> None:
+        self.kernels.dropout(x, keep=keep, draw=draw, out=out, add=add)
 
-def choose_arithmetic(dtype: torch.dtype) -> tuple[TorchArithmetic, str]:
-    """The fastest arithmetic for `dtype` on this machine, and why not the native one where it is not."""
+    @override
+    def rank_products(self, u: torch.Tensor, y: torch.Tensor, out: torch.Tensor) -> None:
+        self.kernels.rank_products(u, y, out)
+
+
+def choose_arithmetic(dtype: torch.dtype, head_sizes: Collection[int] = ()) -> tuple[TorchArithmetic, str]:
+    """The fastest arithmetic for `dtype` and these sizes of attention heads on this machine, and why not the native one."""
     if dtype != torch.bfloat16:
         return TorchArithmetic(), "the native kernels are for bfloat16"
+    for size in head_sizes:
+        if size % HEAD_DIM_STEP or size > MAX_HEAD_DIM:
+            return TorchArithmetic(), f"the native kernels are not for heads of {size} values"
     kernels, why = load_kernels()
     return (NativeArithmetic(kernels), "") if kernels else (TorchArithmetic(), why)
 

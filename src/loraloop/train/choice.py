@@ -6,7 +6,8 @@ The tree engine is the default. A model that it has no proven path for trains on
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -54,7 +55,7 @@ def loop_settings(arguments: TrainArguments) -> loop.LoopSettings:
 
 
 def verify(model: Any, engine: loop.Engine, rows: Sequence[Row], arguments: TrainArguments, emit: Emit) -> None:
-    """Compute the gradient of the first step with `engine` and with the dense one, without dropout.
+    """Compute the gradient of the first step with `engine` and with the dense one, without dropout, from an adapter that is not zero.
 
     Raises LoraTrainerError, and nothing is trained, when they differ by more than rounding.
     """
@@ -66,8 +67,9 @@ def verify(model: Any, engine: loop.Engine, rows: Sequence[Row], arguments: Trai
     batch = [rows[index] for index in window]
     model.eval()  # without dropout, which the two draw differently
     dense = DenseEngine(model, 1)
-    expected_loss, expected = _gradient(model, lambda: dense.backward(batch, training=False))
-    loss, found = _gradient(model, lambda: engine.backward(batch, dropout=False))
+    with _speaking(engine):
+        expected_loss, expected = _gradient(model, lambda: dense.backward(batch, training=False))
+        loss, found = _gradient(model, lambda: engine.backward(batch, dropout=False))
     difference = float((found - expected).norm() / expected.norm())
     tolerance = TOLERANCE[engine.architecture.dtype]
     numbers = f"loss {loss:.6f} and {expected_loss:.6f}, gradients {difference:.2g} apart (up to {tolerance:g} by rounding)"
@@ -76,6 +78,20 @@ def verify(model: Any, engine: loop.Engine, rows: Sequence[Row], arguments: Trai
             f"--verify: the tree engine and the dense engine differ: {numbers}. Nothing was trained; use --engine dense, and report it"
         )
     emit(TrainingEvent(event="note", message=f"verified on the {len(batch)} samples of the first step: {numbers}"))
+
+
+@contextmanager
+def _speaking(engine: TreeEngine) -> Iterator[None]:
+    """A fresh adapter's B is zero, and with it every gradient of A, right or wrong: meanwhile B is as large as A."""
+    draw = torch.Generator().manual_seed(0)
+    silent = [adapter for linear in engine.architecture.linears for adapter in linear.adapters if not adapter.b.any()]
+    for adapter in silent:
+        adapter.b.data.normal_(std=float(adapter.a.detach().square().mean().sqrt()), generator=draw)
+    try:
+        yield
+    finally:
+        for adapter in silent:
+            adapter.b.data.zero_()
 
 
 def _gradient(model: Any, work: Callable[[], float]) -> tuple[float, torch.Tensor]:
@@ -91,7 +107,7 @@ def _gradient(model: Any, work: Callable[[], float]) -> tuple[float, torch.Tenso
 
 def _open_tree(model: Any, rows: Sequence[Row], arguments: TrainArguments, emit: Emit) -> TreeEngine:
     architecture = read_architecture(model)
-    arithmetic, why_not = choose_arithmetic(architecture.dtype)
+    arithmetic, why_not = choose_arithmetic(architecture.dtype, architecture.head_sizes)
     plan, words = make_plan(architecture, rows, arguments.batch_size * arguments.grad_accum, arguments.max_memory)
     kernels = arithmetic.name + (f" ({why_not})" if why_not else "")
     emit(TrainingEvent(event="note", message=f"tree engine, kernels: {kernels}; {words}"))

@@ -8,6 +8,7 @@ forward and backward pass.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -18,7 +19,8 @@ from loraloop.chat.render import Row
 from loraloop.train.architecture import Architecture
 from loraloop.train.arithmetic import TorchArithmetic
 from loraloop.train.buffers import Keep, Scratch, Stack
-from loraloop.train.layers import Call, LayerSaved
+from loraloop.train.call import Call
+from loraloop.train.layers import LayerSaved
 from loraloop.train.losses import Targets, head_loss
 from loraloop.train.tree import Block, TokenTree, build_tree, list_visits
 
@@ -27,7 +29,7 @@ from loraloop.train.tree import Block, TokenTree, build_tree, list_visits
 class Plan:
     """How trees are computed; see `memory.make_plan`."""
 
-    block_rows: int = 2048
+    block_rows: int = 4096
     """Rows of a block, at most."""
     keep: Keep = Keep.PRODUCTS
     path_rows: int = 0
@@ -94,6 +96,9 @@ class TreeEngine:
                 loss += self._enter(visit.block, walk)
             elif factor is not None:
                 self._leave(walk)
+        if factor is not None:
+            for linear in self.architecture.linears:
+                linear.collect()
         self.n_computed = tree.n_rows
         return loss * (factor if factor is not None else 1.0)
 
@@ -152,9 +157,14 @@ class TreeEngine:
         precise = torch.promote_types(self.architecture.dtype, torch.float32)
         cos, sin = self.architecture.rotary(torch.empty(0, dtype=precise), positions.unsqueeze(0))
         half = cos.shape[-1] // 2
-        seed = None if draw is None else hash((*draw, block.start)) % 2**40
+        seed = None if draw is None else _mix(*draw)
         parents = torch.from_numpy(list_parents(block, self.architecture.conv_size - 1))
         return Call(block, cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous(), parents, seed, self.arithmetic)
+
+
+def _mix(*numbers: int) -> int:
+    """64 bits that follow from `numbers`."""
+    return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest(), "big")
 
 
 def list_parents(block: Block, n_above: int) -> np.ndarray[tuple[int, int], np.dtype[np.int64]]:

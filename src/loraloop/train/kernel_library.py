@@ -25,8 +25,8 @@ from loraloop.files import new_directory
 Isa = Literal["amx", "avx512bf16"]
 
 _FOLDER = Path(__file__).parent
-_SOURCES = ("attention.c", "rows.c")
-_HEADERS = ("kernels.h",)
+_SOURCES = ("attention_forward.c", "attention_backward.c", "rows.c", "ranks.c", "workspace.c")
+_HEADERS = ("kernels.h", "tiles.h", "attention.h")
 _FLAGS = (
     *("-std=gnu11", "-O3", "-fopenmp", "-shared", "-fPIC", "-fno-math-errno", "-ffp-contract=fast"),
     "-Werror=implicit-function-declaration",  # an intrinsic that the compiler lacks would else be missed when it is loaded

@@ -1,13 +1,18 @@
-/* What attention.c and rows.c share: bfloat16 in vectors, the exponential, and the calls' arguments. */
+/* What all kernels share: bfloat16 in vectors, and the exponential. */
 #ifndef LORALOOP_KERNELS_H
 #define LORALOOP_KERNELS_H
 
 #include <immintrin.h>
+#include <stddef.h>
 #include <stdint.h>
 
 #define INLINE static inline __attribute__((always_inline))
 
 typedef uint16_t bf16;
+
+/* At least this much memory, 64 bytes aligned, or NULL; what is in it is left over from earlier calls. */
+void *open_workspace(size_t bytes);
+void close_workspace(void *memory);
 
 /* 16 values from bfloat16, which is the upper half of a float. */
 INLINE __m512 load_bf16(const bf16 *p) {

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import torch
 
 MAX_HEAD_DIM = 256
+HEAD_DIM_STEP = 16
 
 
 def load_kernels() -> tuple[Kernels | None, str]:
@@ -174,6 +175,34 @@ class Kernels:
         self._rows("head_softmax", logits.shape, logits, _row(logits), logits.dtype == torch.float32, coef, lse)
         return lse
 
+    def dropout(self, x: torch.Tensor, *, keep: float, draw: tuple[int, int], out: torch.Tensor, add: bool = False) -> None:
+        """`out` := x * mask / keep, (T, n), or += that; each value is kept with the probability `keep`, in steps of 1/65536.
+
+        `draw` is (key, number of the first row): the mask follows from key, row and column alone.
+        """
+        _check_matrices(x=x, out=out)
+        if not 0 < keep <= 1:
+            raise ValueError(f"keep must be above 0 and at most 1, not {keep}")
+        self._rows("dropout", x.shape, x, _row(x), out, _row(out), draw[0] % 2**62, draw[1], float(keep), int(add))
+
+    def rank_products(self, u: torch.Tensor, y: torch.Tensor, out: torch.Tensor) -> None:
+        """Out += u^T y, (R, N) in float32, of u (T, R) and y (T, N) in bfloat16: the gradient of a LoRA matrix.
+
+        Made for R far below N, where reading y once is what it costs. The result does not depend on the number of threads.
+        """
+        import torch
+
+        if u.dim() != 2 or y.dim() != 2:
+            raise ValueError(f"u and y must be matrices, not {tuple(u.shape)} and {tuple(y.shape)}")
+        (n_rows, n_ranks), n = u.shape, y.shape[1]
+        _check("u", u, torch.bfloat16, u.shape)
+        _check("y", y, torch.bfloat16, (n_rows, n))
+        _check("out", out, torch.float32, (n_ranks, n))
+        if not (n_rows and n_ranks and n):
+            return
+        call = _RankCall(n_rows, n, n_ranks, _row(u), _row(y), _row(out), torch.get_num_threads(), self.isa == "amx")
+        self._run("rank_products", ctypes.byref(call), u, y, out)
+
     def _rows(self, name: str, shape: tuple[int, ...], *arguments: object) -> None:
         """Call a function of rows.c, unless there is nothing to do."""
         import torch
@@ -200,7 +229,7 @@ class Kernels:
 
 
 class _AttentionCall(ctypes.Structure):
-    """`Call` of attention.c; rows are the values from one token to the next."""
+    """`Call` of attention.h; rows are the values from one token to the next."""
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("n_queries", "n_keys", "n_heads", "n_kv_heads", "dim")),
@@ -208,6 +237,12 @@ class _AttentionCall(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("n_threads", "amx")),
         ("scale", ctypes.c_double),
     )
+
+
+class _RankCall(ctypes.Structure):
+    """`RankCall` of ranks.c."""
+
+    _fields_ = tuple((name, ctypes.c_int64) for name in ("n_rows", "n", "n_ranks", "u_row", "y_row", "out_row", "n_threads", "amx"))
 
 
 def _attention_call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, end: torch.Tensor, *, scale: float, isa: str) -> _AttentionCall:
@@ -221,8 +256,8 @@ def _attention_call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, end: torc
     _check("k", k, torch.bfloat16, (n_keys, n_kv_heads, dim))
     _check("v", v, torch.bfloat16, (n_keys, n_kv_heads, dim))
     _check("end", end, torch.int32, (n_queries,))
-    if dim % 16 or not 0 < dim <= MAX_HEAD_DIM:
-        raise ValueError(f"heads of {dim} values: only multiples of 16 up to {MAX_HEAD_DIM} are supported")
+    if dim % HEAD_DIM_STEP or not 0 < dim <= MAX_HEAD_DIM:
+        raise ValueError(f"heads of {dim} values: only multiples of {HEAD_DIM_STEP} up to {MAX_HEAD_DIM} are supported")
     if not n_kv_heads or n_heads % n_kv_heads:
         raise ValueError(f"{n_heads} query heads cannot share {n_kv_heads} heads")
     if n_keys < n_queries:

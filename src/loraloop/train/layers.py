@@ -15,31 +15,7 @@ import torch
 from loraloop.train.adapters import FusedLinear
 from loraloop.train.arithmetic import TorchArithmetic
 from loraloop.train.buffers import Keep, Stack
-from loraloop.train.tree import Block
-
-
-@dataclass(frozen=True)
-class Call:
-    """What all layers need to know of a block."""
-
-    block: Block
-    cos: torch.Tensor  # (rows, head size / 2)
-    sin: torch.Tensor
-    parents: torch.Tensor
-    """(convolution size - 1, rows) the row above, the one above that, …: places in the stack, -1 before the beginning."""
-    seed: int | None
-    """Draws the dropout of this block; None is without."""
-    arithmetic: TorchArithmetic
-
-    @property
-    def n_rows(self) -> int:
-        """Rows of the block."""
-        return self.block.n_rows
-
-    @property
-    def here(self) -> slice:
-        """The block's own places in a stack."""
-        return slice(self.block.depth, self.block.depth + self.block.n_rows)
+from loraloop.train.call import Call
 
 
 @dataclass(frozen=True)
@@ -127,7 +103,7 @@ class Attention:
         mixed = stack.take("mixed", call.here, self.output.width)
         attended = mixed[:, :n_q].view(call.n_rows, -1, heads.size)
         lse = call.arithmetic.attend(rotated, self._keys_and_values(stack.values[:end]), call.block, scale=heads.scale, out=attended)
-        self.output.fill(mixed, call.seed)
+        self.output.fill(mixed, call)
         self.output.forward(mixed, out, add_to=x)
         return q, raw_k, mixed, lse
 
@@ -137,7 +113,7 @@ class Attention:
         heads, arithmetic, end = self.shape, call.arithmetic, call.here.stop
         n_q, n_qk = heads.n_heads * heads.size, heads.n_heads + heads.n_kv_heads
         d_mixed = self.output.backward(d_x, stack.take("d_mixed", call.here, self.output.width))
-        d_out = self.output.finish(d_x, d_mixed, mixed, call.seed).view(call.n_rows, -1, heads.size)
+        d_out = self.output.finish(d_x, d_mixed, mixed, call).view(call.n_rows, -1, heads.size)
         d_qkv = stack.take("d_qkv", call.here, n_q + stack.values[0].numel())
         d_heads = d_qkv.view(call.n_rows, -1, heads.size)
         rotated = self._norm_queries(q, call, stack)
@@ -154,7 +130,7 @@ class Attention:
             _norm_heads_backward(self.head_norms[1], raw_k, d_heads[:, heads.n_heads : n_qk], arithmetic)
         normed, scale = enter(self.norm, self.qkv, x, call, stack)
         d_normed = self.qkv.backward(d_qkv, stack.take("d_normed", call.here, self.qkv.width))
-        arithmetic.rms_norm_backward(self.qkv.finish(d_qkv, d_normed, normed, call.seed), x, self.norm.weight, scale, d_x)
+        arithmetic.rms_norm_backward(self.qkv.finish(d_qkv, d_normed, normed, call), x, self.norm.weight, scale, d_x)
 
     def _norm_queries(self, q: torch.Tensor, call: Call, stack: Stack) -> torch.Tensor:
         """The norm of the queries, in memory of its own; the queries themselves where there is none."""
@@ -196,7 +172,7 @@ class ShortConvolution:
         torch.mul(before, inner, out=stack.values[call.here])
         mixed = stack.take("mixed", call.here, self.output.width)
         torch.mul(after, self._convolve(call, stack), out=mixed[:, : after.shape[1]])
-        self.output.fill(mixed, call.seed)
+        self.output.fill(mixed, call)
         self.output.forward(mixed, out, add_to=x)
         return gates, mixed
 
@@ -205,7 +181,7 @@ class ShortConvolution:
         gates, mixed = saved
         before, after, inner = gates.chunk(3, -1)
         d_mixed = self.output.backward(d_x, stack.take("d_mixed", call.here, self.output.width))
-        d_y = self.output.finish(d_x, d_mixed, mixed, call.seed)
+        d_y = self.output.finish(d_x, d_mixed, mixed, call)
         d_gates = stack.take("d_gates", call.here, gates.shape[1])
         d_before, d_after, d_inner = d_gates.chunk(3, -1)
         torch.mul(d_y, self._convolve(call, stack), out=d_after)
@@ -220,7 +196,7 @@ class ShortConvolution:
         d_inner.copy_(own * before)
         normed, scale = enter(self.norm, self.in_proj, x, call, stack)
         d_normed = self.in_proj.backward(d_gates, stack.take("d_normed", call.here, self.in_proj.width))
-        call.arithmetic.rms_norm_backward(self.in_proj.finish(d_gates, d_normed, normed, call.seed), x, self.norm.weight, scale, d_x)
+        call.arithmetic.rms_norm_backward(self.in_proj.finish(d_gates, d_normed, normed, call), x, self.norm.weight, scale, d_x)
 
     def _convolve(self, call: Call, stack: Stack) -> torch.Tensor:
         """(rows, hidden): along each row's own path, never from a sibling."""
@@ -246,7 +222,7 @@ class Mlp:
         products = self._products(enter(self.norm, self.gate_up, x, call, stack)[0], call, stack)
         h = stack.take("h", call.here, self.down.width)
         call.arithmetic.swiglu(products, h[:, : self.down.n_inputs])
-        self.down.fill(h, call.seed)
+        self.down.fill(h, call)
         self.down.forward(h, out, add_to=x)
         return products
 
@@ -256,14 +232,14 @@ class Mlp:
         normed, scale = enter(self.norm, self.gate_up, x, call, stack)
         products = self._products(normed, call, stack) if products is None else products
         d_h = self.down.backward(d_x, stack.take("d_h", call.here, self.down.width))
-        self.down.add_input_gradient(d_h, call.seed)
+        self.down.add_input_gradient(d_h, call)
         h = stack.take("h", call.here, self.down.width)
         call.arithmetic.swiglu_backward(d_h[:, :n_wide], products, h[:, :n_wide])
-        self.down.fill(h, call.seed)
-        self.down.add_b_gradients(d_x, h[:, n_wide:])
-        self.down.add_a_gradients(d_h, h[:, :n_wide], call.seed)
+        self.down.fill(h, call)
+        self.down.add_b_gradients(d_x, h[:, n_wide:], call)
+        self.down.add_a_gradients(d_h, h[:, :n_wide], call)
         d_normed = self.gate_up.backward(products, stack.take("d_normed", call.here, self.gate_up.width))
-        call.arithmetic.rms_norm_backward(self.gate_up.finish(products, d_normed, normed, call.seed), x, self.norm.weight, scale, d_x)
+        call.arithmetic.rms_norm_backward(self.gate_up.finish(products, d_normed, normed, call), x, self.norm.weight, scale, d_x)
 
     def _products(self, normed: torch.Tensor, call: Call, stack: Stack) -> torch.Tensor:
         """(rows, 2 * wide): gate, then up."""
@@ -310,7 +286,7 @@ def enter(norm: Norm, linear: FusedLinear, x: torch.Tensor, call: Call, stack: S
     """The filled input of `linear`, the norm of `x`; and the norm's scale."""
     filled = stack.take("normed", call.here, linear.width)
     scale = call.arithmetic.rms_norm(x, norm.weight, norm.eps, filled[:, : linear.n_inputs])
-    linear.fill(filled, call.seed)
+    linear.fill(filled, call)
     return filled, scale
 
 

@@ -10,7 +10,9 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 from loraloop.chat.render import Row
@@ -57,6 +59,8 @@ class History:
     """Tokens of all samples of all steps."""
     n_computed: int
     """Tokens that the engine computed for them."""
+    used: frozenset[int]
+    """Indices of the rows that were in at least one step; a training that ends early has not seen all."""
 
 
 def new_adapter(model: Any, rank: int, alpha: float, dropout: float, seed: int) -> Any:
@@ -74,7 +78,7 @@ def new_adapter(model: Any, rank: int, alpha: float, dropout: float, seed: int) 
 def train(model: Any, engine: Engine, rows: Sequence[Row], settings: LoopSettings, emit: Callable[[TrainingEvent], None]) -> History:
     """Train the adapter of `model` in place.
 
-    Raises LoraTrainerError at a loss or gradient that is not finite, naming the step and its episodes.
+    Raises LoraTrainerError at a loss or gradient that is not finite, naming the step and where its rows came from.
     """
     import torch
 
@@ -82,6 +86,7 @@ def train(model: Any, engine: Engine, rows: Sequence[Row], settings: LoopSetting
     optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=0.0)
     steps = count_steps(len(rows), settings)
     losses: list[tuple[int, float]] = []
+    used: set[int] = set()
     started, n_tokens, n_computed = time.monotonic(), 0, 0
     torch.manual_seed(settings.seed)
     for step, (epoch, window) in enumerate(windows(len(rows), settings, steps), 1):
@@ -95,6 +100,7 @@ def train(model: Any, engine: Engine, rows: Sequence[Row], settings: LoopSetting
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         losses.append((step, loss))
+        used.update(window)
         n_tokens += sum(len(row.ids) for row in batch)
         n_computed += engine.n_computed
         seconds = time.monotonic() - started
@@ -111,7 +117,7 @@ def train(model: Any, engine: Engine, rows: Sequence[Row], settings: LoopSetting
                 memory_mb=peak_memory_mb(),
             )
         )
-    return History(losses, n_tokens, n_computed)
+    return History(losses, n_tokens, n_computed, frozenset(used))
 
 
 def mean_loss(engine: Engine, rows: Sequence[Row]) -> float:
@@ -151,6 +157,10 @@ def schedule(step: int, steps: int, warmup_ratio: float) -> float:
 
 def peak_memory_mb() -> int:
     """The most resident memory this process has had, in MiB."""
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+            if line.startswith("VmHWM:"):  # getrusage counts the process that started this one too
+                return int(line.split()[1]) // 1024
     import resource
     import sys
 
@@ -161,6 +171,6 @@ def peak_memory_mb() -> int:
 def _check_finite(step: int, loss: float, norm: float, batch: Sequence[Row]) -> None:
     """Raises LoraTrainerError before an update that would spoil the adapter."""
     if not math.isfinite(loss) or not math.isfinite(norm):
-        names = ", ".join(sorted({row.episode_id or "?" for row in batch}))
+        names = ", ".join(sorted({row.origin for row in batch}))
         what = f"the loss of step {step} is {loss}, the norm of its gradient {norm}"
         raise LoraTrainerError(f"{what}; its samples came from {names}. Lower the learning rate or look at them")

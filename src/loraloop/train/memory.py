@@ -22,9 +22,9 @@ from loraloop.train.engine import Plan
 from loraloop.train.layers import Layer
 from loraloop.train.losses import HEAD_ROWS
 
-MAX_BLOCK_ROWS = 2048
+MAX_BLOCK_ROWS = 4096
 SHARE_OF_FREE = 0.8
-_OPTIONS = tuple(Plan(rows, keep) for keep in reversed(Keep) for rows in (MAX_BLOCK_ROWS, 1024, 512, 256))
+_OPTIONS = tuple(Plan(rows, keep) for keep in reversed(Keep) for rows in (MAX_BLOCK_ROWS, 2048, 1024, 512, 256))
 """From the fastest to the one that needs least (docs/lab-book.md)."""
 
 
@@ -74,7 +74,7 @@ def estimate(architecture: Architecture, plan: Plan, longest: int, largest: int)
     element = architecture.dtype.itemsize
     kept = sum(_kept_values(layer, plan.keep) for layer in architecture.layers) * element
     shared = sum(math.prod(layer.mixer.shared_shape) for layer in architecture.layers) * (element + max(element, 4))
-    passing = max(_passing_values(layer) for layer in architecture.layers) * max(element, 4)
+    passing = max(_passing_values(layer, plan.keep) for layer in architecture.layers) * max(element, 4)
     vocabulary, hidden = architecture.head.shape
     adapters = [adapter for linear in architecture.linears for adapter in linear.adapters]
     trained = sum((adapter.a.numel() + adapter.b.numel()) * adapter.a.itemsize for adapter in adapters)
@@ -122,10 +122,11 @@ def _kept_values(layer: Layer, keep: Keep) -> int:
     return values + (layer.mlp.gate_up.weight.shape[0] if keep >= Keep.PRODUCTS else 0)
 
 
-def _passing_values(layer: Layer) -> int:
-    """Values that exist for a row while a layer goes backward."""
+def _passing_values(layer: Layer, keep: Keep) -> int:
+    """Values that exist for a row while a layer goes backward, those that are computed again among them."""
     mlp = layer.mlp
-    return 2 * mlp.gate_up.weight.shape[1] + 2 * mlp.down.weight.shape[1] + 2 * mlp.gate_up.weight.shape[0]
+    again = _kept_values(layer, Keep.PRODUCTS) - _kept_values(layer, keep)
+    return again + 2 * mlp.gate_up.weight.shape[1] + 2 * mlp.down.weight.shape[1] + 2 * mlp.gate_up.weight.shape[0]
 
 
 def _describe(plan: Plan, total: int, limit: int | None, longest: int) -> str:

@@ -161,3 +161,38 @@ int head_softmax(int64_t n_threads, int64_t n_rows, int64_t n, void *logits, int
     lse[t] = wide ? softmax_row(1, (float *)logits + t * row, n, coef[t]) : softmax_row(0, (bf16 *)logits + t * row, n, coef[t]);
   return 0;
 }
+
+/* 32 bits that look random for each of 16 counters: a finalizer of full avalanche over key and counter. */
+INLINE __m512i mix(__m512i counter, __m512i key) {
+  __m512i h = _mm512_xor_si512(counter, key);
+  h = _mm512_mullo_epi32(_mm512_xor_si512(h, _mm512_srli_epi32(h, 16)), _mm512_set1_epi32(0x7feb352d));
+  h = _mm512_mullo_epi32(_mm512_xor_si512(h, _mm512_srli_epi32(h, 15)), _mm512_set1_epi32((int)0x846ca68b));
+  return _mm512_xor_si512(h, _mm512_srli_epi32(h, 16));
+}
+
+/* out = x * mask / keep, or out += that when `add`. A value is kept when 16 bits drawn from (key, its row, its column) are below
+   `keep` * 65536, so the same key gives the same mask, in whatever order and by however many threads. Rows count from `first`. */
+int dropout(int64_t n_threads, int64_t n_rows, int64_t n, const bf16 *x, int64_t x_row, bf16 *out, int64_t out_row, int64_t key,
+            int64_t first, double keep, int64_t add) {
+  const __m512i limit = _mm512_set1_epi32((int)(keep * 65536.0 + 0.5)), low = _mm512_set1_epi32(0xffff);
+  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __m512 factor = _mm512_set1_ps((float)(1.0 / keep));
+  SPREAD
+  for (int64_t t = 0; t < n_rows; t++) {
+    /* a row's own key, mixed twice so that neighbouring rows and keys have nothing in common */
+    const __m512i row = mix(mix(_mm512_set1_epi32((int)(first + t)), _mm512_set1_epi32((int)key)), _mm512_set1_epi32((int)(key >> 32)));
+    for (int64_t i = 0; i < n; i += 32) {
+      const __m512i drawn = mix(_mm512_add_epi32(lane, _mm512_set1_epi32((int)i)), row);
+      for (int64_t half = 0; half < 2 && i + 16 * half < n; half++) {
+        const int64_t at = i + 16 * half;
+        const __mmask16 m = lanes(at, n);
+        const __m512i bits = half ? _mm512_srli_epi32(drawn, 16) : _mm512_and_si512(drawn, low);
+        const __mmask16 kept = _mm512_cmplt_epu32_mask(bits, limit);
+        __m512 value = _mm512_maskz_mul_ps(kept, load_bf16_mask(m, x + t * x_row + at), factor);
+        if (add) value = _mm512_add_ps(value, load_bf16_mask(m, out + t * out_row + at));
+        store_bf16_mask(out + t * out_row + at, m, value);
+      }
+    }
+  }
+  return 0;
+}

@@ -24,7 +24,7 @@ from loraloop.files import file_sha256, new_directory, write_atomic, write_json
 from loraloop.train import loop
 from loraloop.train.arguments import TrainArguments
 from loraloop.train.choice import loop_settings, open_engine, verify
-from loraloop.train.data import build_rows, read_samples
+from loraloop.train.data import build_rows, read_samples, spread
 from loraloop.train.model_card import model_card
 from loraloop.training_data import TrainingData
 from loraloop.training_record import RECORD_FILE, RefusedSample, TrainingEvent, TrainingRecord
@@ -32,8 +32,11 @@ from loraloop.training_record import RECORD_FILE, RefusedSample, TrainingEvent, 
 Emit = Callable[[TrainingEvent], None]
 
 
-def run(arguments: TrainArguments, emit: Emit) -> TrainingRecord:
-    """Train and save. Raises FileExistsError when the output is there already, and a LoraLoopError for all else that is foreseen."""
+def run(arguments: TrainArguments, emit: Emit, *, keeps_memory: bool = False) -> TrainingRecord:
+    """Train and save. `keeps_memory` says that the allocator was asked to, and is only reported.
+
+    Raises FileExistsError when the output is there already, and a LoraLoopError for all else that is foreseen.
+    """
     started = time.monotonic()
     if arguments.output.exists():
         raise FileExistsError(f"--output {arguments.output} exists already; give a folder that does not exist")
@@ -44,11 +47,11 @@ def run(arguments: TrainArguments, emit: Emit) -> TrainingRecord:
     template = ChatTemplate(tokenizer)
     rows = build_rows(samples, template, arguments.max_seq_length)
     emit(TrainingEvent(event="data", data=rows.report))
-    measured = _first_tokens(_held_out_rows(held_out_samples, template, arguments, emit), arguments.held_out_tokens)
+    measured = spread(_held_out_rows(held_out_samples, template, arguments, emit), arguments.held_out_tokens)
 
     device = base_model.choose_device()
     dtype = base_model.choose_dtype(arguments.dtype, device)
-    emit(TrainingEvent(event="note", message=f"base {base.name} in {dtype} on {device}"))
+    emit(TrainingEvent(event="note", message=f"base {base.name} in {dtype} on {device}, {_describe_process(keeps_memory=keeps_memory)}"))
     model = base_model.load_model(base, dtype).to(device)
     model = loop.new_adapter(model, arguments.rank, arguments.alpha, arguments.dropout, arguments.seed)
     engine = open_engine(model, rows.rows, arguments, emit)
@@ -70,7 +73,8 @@ def run(arguments: TrainArguments, emit: Emit) -> TrainingRecord:
         device=device,
         versions=_versions(),
         data=rows.report,
-        used_episode_ids=rows.used_episode_ids(),
+        samples_trained=rows.count_samples(history.used),
+        used_episode_ids=rows.used_episode_ids(history.used),
         refused=[RefusedSample(episode_id=r.episode_id, reason=r.reason, detail=r.detail) for r in rows.refusals],
         steps=len(history.losses),
         final_loss=_final_loss(history.losses),
@@ -127,16 +131,11 @@ def _held_out_rows(samples: list[TrainingData], template: ChatTemplate, argument
         return []
 
 
-def _first_tokens(rows: list[Row], limit: int) -> list[Row]:
-    """The first rows with no more than `limit` tokens together, at least one."""
-    chosen: list[Row] = []
-    total = 0
-    for row in rows:
-        if chosen and total + len(row.ids) > limit:
-            break
-        chosen.append(row)
-        total += len(row.ids)
-    return chosen
+def _describe_process(*, keeps_memory: bool) -> str:
+    import torch
+
+    allocator = "keeps freed memory" if keeps_memory else "is the system's as it is"
+    return f"{torch.get_num_threads()} threads, the allocator {allocator}"
 
 
 def _final_loss(history: list[tuple[int, float]]) -> float | None:
