@@ -12,7 +12,7 @@ help:
 	@echo "make test       every test"
 	@echo "make test-fast  the tests without real weights"
 	@echo "make bench      training side by side with TRL (25 minutes at most on two cores)"
-	@echo "make curves     cost of a step against sharing, tree size, samples and block size, drawn into docs/img (15 minutes)"
+	@echo "make curves     cost of a step against sharing, tree size, samples and block size, drawn into docs/img (10 minutes)"
 	@echo "make check      ruff, mypy --strict, import directions"
 	@echo "make docs       regenerate docs/reference"
 
