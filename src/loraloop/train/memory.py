@@ -24,6 +24,8 @@ from loraloop.train.losses import HEAD_ROWS
 
 MAX_BLOCK_ROWS = 4096
 SHARE_OF_FREE = 0.8
+RUNTIME_BYTES = 64 << 20
+"""What torch takes for itself at its first products and optimizer step: code, threads, packed weights."""
 _OPTIONS = tuple(Plan(rows, keep) for keep in reversed(Keep) for rows in (MAX_BLOCK_ROWS, 2048, 1024, 512, 256))
 """From the fastest to the one that needs least (docs/lab-book.md)."""
 
@@ -51,7 +53,7 @@ def make_plan(architecture: Architecture, rows: Sequence[Row], window: int, max_
     `window` is the number of rows in an optimizer step. Raises LoraTrainerError with the numbers when the longest row cannot be
     trained within the limit.
     """
-    used = resident_bytes()
+    used = resident_bytes() + RUNTIME_BYTES
     free = free_bytes()
     limit = max_memory if max_memory is not None else used + int(SHARE_OF_FREE * free) if free is not None else None
     longest = max(len(row.ids) for row in rows)
