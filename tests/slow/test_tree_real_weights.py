@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import random
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +35,13 @@ def base() -> BaseModel:
 
 @pytest.fixture(scope="module")
 def rows(base: BaseModel) -> list[Row]:
-    """Six samples of up to 420 tokens of text, which leave a common beginning at different tokens; the end of each is supervised."""
+    """Three samples of text, which leave a common beginning at different tokens; the end of each is supervised."""
     text = " ".join(path.read_text(encoding="utf-8") for path in sorted(TEXTS.glob("*.md")))
     ids: list[int] = load_tokenizer(base)(text, add_special_tokens=False)["input_ids"]
     draw = random.Random(0)
     made = []
-    for number in range(6):
-        shared, own = draw.randint(80, 300), draw.randint(60, 120)
+    for number in range(3):
+        shared, own = draw.randint(20, 40), draw.randint(8, 16)
         start = 400 + 150 * number
         weights = [draw.choice([0.0, 0.0, 1.0]) for _ in range(shared)] + [1.0] * own
         made.append(Row(ids=[*ids[:shared], *ids[start : start + own]], weights=weights, text=""))
@@ -65,52 +64,50 @@ def tree(model: Any, rows: list[Row], arithmetic: TorchArithmetic, plan: Plan) -
     return take_gradient(model, lambda: engine.backward(rows))
 
 
-def test_float32_gradient_is_that_of_the_dense_engine(base: BaseModel, rows: list[Row]) -> None:
-    model = adapted(base, "float32")
-    dense = DenseEngine(model, 1)
-    expected = take_gradient(model, lambda: dense.backward(rows))
-    for plan in (Plan(128), Plan(2048)):
-        assert tree(model, rows, TorchArithmetic(), plan).apart(expected) <= 1e-5
-
-
-@pytest.fixture(scope="module")
-def truth(base: BaseModel, rows: list[Row]) -> Gradient:
-    """In float64, of the base weights as they are in bfloat16."""
-    model = adapted(base, "bfloat16").double()
+def float64_gradient(base: BaseModel, dtype: str, rows: list[Row]) -> Gradient:
+    """Of the base weights as they are in `dtype`."""
+    model = adapted(base, dtype).double()
     compute_norms_in_float64(model)
     return plain_gradient(model, rows)
 
 
-def test_bfloat16_gradient_is_no_farther_from_float64_than_peft_itself(base: BaseModel, rows: list[Row], truth: Gradient) -> None:
+def test_float32_gradient_is_nearer_to_float64_than_that_of_the_dense_engine(base: BaseModel, rows: list[Row]) -> None:
+    """The two are farther apart than 1e-5 because the dense engine is that far from the truth; the tree engine is not."""
+    truth = float64_gradient(base, "float32", rows)
+    model = adapted(base, "float32")
+    dense = DenseEngine(model, 1)
+    of_dense = take_gradient(model, lambda: dense.backward(rows)).apart(truth)
+    for plan in (Plan(16), Plan(2048)):
+        found = tree(model, rows, TorchArithmetic(), plan).apart(truth)
+        print(f"float32, {plan.block_rows}: {found:.3g} from float64, the dense engine {of_dense:.3g}")
+        assert found <= 1e-5
+        assert found <= of_dense
+
+
+def test_bfloat16_gradient_is_no_farther_from_float64_than_peft_itself(base: BaseModel, rows: list[Row]) -> None:
+    truth = float64_gradient(base, "bfloat16", rows)
     model = adapted(base, "bfloat16")
     plain = plain_gradient(model, rows)
     of_peft = plain.apart(truth)
     assert of_peft > 1e-3  # there is something to compare with
     for arithmetic in (TorchArithmetic(), choose_arithmetic(torch.bfloat16)[0]):
-        for plan in (Plan(128), Plan(2048)):
+        for plan in (Plan(16), Plan(2048)):
             found = tree(model, rows, arithmetic, plan)
             print(f"{arithmetic.name}, {plan.block_rows}: {found.apart(truth):.3g} from float64, {found.apart(plain):.3g} from PEFT")
             assert found.apart(truth) <= 1.5 * of_peft
     print(f"PEFT: {of_peft:.3g} from float64")
 
 
-@pytest.mark.parametrize("n_steps", [0, 10])
-def test_the_tolerance_of_verify_is_wider_than_rounding(base: BaseModel, rows: list[Row], n_steps: int) -> None:
-    """From the first adapter, whose B is zero, and from one that was trained."""
+def test_the_tolerance_of_verify_is_wider_than_rounding(base: BaseModel, rows: list[Row]) -> None:
+    """Where it looks: at a fresh adapter that was lent a B as large as its A."""
     model = loop.new_adapter(load_model(base, "bfloat16"), 16, 32.0, 0.0, 0)
-    engine = TreeEngine(read_architecture(model), Plan(), choose_arithmetic(torch.bfloat16)[0])
-    if n_steps:
-        settings = loop.LoopSettings(n_steps, len(rows), 1, 1e-3, 0.1, 1.0, None, 0)
-        loop.train(model, engine, rows, settings, lambda _: None)
-    dense = DenseEngine(model, 1)
-
-    def distance(parameters: Callable[[str], bool]) -> float:
+    with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.requires_grad_(parameters(name))
-        expected = take_gradient(model, lambda: dense.backward(rows))
-        return take_gradient(model, lambda: engine.backward(rows)).apart(expected)
-
-    apart = distance(lambda _: True)
-    print(f"after {n_steps} steps: {apart:.3g} apart; B alone {distance(lambda name: 'lora_B' in name):.3g}")
-    assert apart <= TOLERANCE[torch.bfloat16] / 1.5
+            if "lora_B" in name:
+                parameter.normal_(std=0.024)
+    engine = TreeEngine(read_architecture(model), Plan(), choose_arithmetic(torch.bfloat16)[0])
+    dense = DenseEngine(model, 1)
+    expected = take_gradient(model, lambda: dense.backward(rows))
+    apart = take_gradient(model, lambda: engine.backward(rows)).apart(expected)
+    print(f"{apart:.3g} apart")
+    assert 1e-3 < apart <= TOLERANCE[torch.bfloat16] / 1.5

@@ -53,6 +53,21 @@ def test_they_are_built_once_and_found_without_a_compiler(monkeypatch: pytest.Mo
     assert built.stat().st_mtime_ns == made
 
 
+@pytest.mark.parametrize("damage", [b"", b"not a library"])
+def test_a_damaged_library_is_built_anew(own_cache: Path, damage: bytes) -> None:
+    """In a process of its own: loading half a library ends it by a signal."""
+    skip_without_kernels()
+    [built] = own_cache.rglob("kernels.so")
+    whole = built.read_bytes()
+    for broken in (damage, whole[: len(whole) // 2]):
+        built.unlink()
+        built.write_bytes(broken)
+        code = "import torch; from loraloop.train.kernels import load_kernels; print(load_kernels()[0] is not None)"
+        ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+        assert (ended.returncode, ended.stdout) == (0, "True\n"), ended.stderr
+        assert len(built.read_bytes()) == len(whole)
+
+
 def test_without_a_compiler_there_is_a_reason(monkeypatch: pytest.MonkeyPatch, own_cache: Path) -> None:
     skip_without_kernels()
     monkeypatch.setenv("LORALOOP_CACHE", str(own_cache.with_name("other")))

@@ -188,3 +188,11 @@ def test_a_real_process_that_cannot_fit_says_so_and_leaves_nothing(training: Any
     assert process.returncode == 1
     assert re.search(r"LoraTrainerError: the longest row has \d+ tokens and needs \d+ MB .* and the limit is 1 MB", process.stderr)
     assert not output.exists()
+
+
+def test_rows_that_are_measured_at_once_are_in_the_plan(both: Twins) -> None:
+    alone, _ = make_plan(both.architecture, rows(8, 60), 1, 1 << 50)
+    beside, words = make_plan(both.architecture, rows(8, 60), 1, 1 << 50, measured=rows(30, 100))
+    assert alone.path_rows == 60
+    assert beside.path_rows == 3000  # all of them are in one block
+    assert words.endswith("for rows of up to 100 tokens")

@@ -63,7 +63,9 @@ class FusedLinear:
             at += base.out_features
 
     def refresh(self) -> None:
-        """Take A and B over from PEFT's parameters; after every optimizer step."""
+        """Take A and B over from PEFT's parameters and begin sums of gradients anew; before every walk."""
+        self._d_a.zero_()  # here and not when they are collected: a walk that an error ended leaves nothing to the next
+        self._d_b.zero_()
         for adapter in self.adapters:
             self.a[adapter.ranks] = adapter.a.detach() * adapter.scaling
             columns = slice(self.n_inputs + adapter.ranks.start, self.n_inputs + adapter.ranks.stop)
@@ -130,12 +132,10 @@ class FusedLinear:
             call.arithmetic.rank_products(d_u[:, adapter.ranks], self._dropped(x, adapter, call), self._d_a[adapter.ranks])
 
     def collect(self) -> None:
-        """Add what blocks have summed up to the gradients of PEFT's parameters, and begin anew."""
+        """Add what blocks have summed up to the gradients of PEFT's parameters."""
         for adapter in self.adapters:
             _gradient(adapter.a).add_(self._d_a[adapter.ranks], alpha=adapter.scaling)
             _gradient(adapter.b).add_(self._d_b[adapter.ranks, adapter.outputs].t())
-        self._d_a.zero_()
-        self._d_b.zero_()
 
     def _drops(self, call: Call) -> bool:
         return call.seed is not None and any(adapter.dropout for adapter in self.adapters)

@@ -25,16 +25,19 @@ from loraloop.training_record import TrainingEvent
 
 Emit = Callable[[TrainingEvent], None]
 
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.05}
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.1}
 """Relative difference of all gradients that two engines may have by rounding alone (docs/lab-book.md has what they do have)."""
 
 
-def open_engine(model: Any, rows: Sequence[Row], arguments: TrainArguments, emit: Emit) -> loop.Engine:
-    """The engine for `model`. Raises LoraTrainerError when the rows cannot be trained within the memory limit."""
+def open_engine(model: Any, rows: Sequence[Row], arguments: TrainArguments, emit: Emit, *, measured: Sequence[Row] = ()) -> loop.Engine:
+    """The engine for `model`, to train on `rows` and to measure on `measured`.
+
+    Raises LoraTrainerError when the rows cannot be trained within the memory limit.
+    """
     if arguments.engine == "tree":
         obstacle = find_obstacle(model)
         if obstacle is None:
-            return _open_tree(model, rows, arguments, emit)
+            return _open_tree(model, rows, measured, arguments, emit)
         emit(TrainingEvent(event="warning", message=f"every sample is computed by itself (dense engine): {obstacle}"))
     use_checkpointing(model, rows, arguments, emit)
     return DenseEngine(model, arguments.batch_size)
@@ -105,10 +108,10 @@ def _gradient(model: Any, work: Callable[[], float]) -> tuple[float, torch.Tenso
     return loss, vector
 
 
-def _open_tree(model: Any, rows: Sequence[Row], arguments: TrainArguments, emit: Emit) -> TreeEngine:
+def _open_tree(model: Any, rows: Sequence[Row], measured: Sequence[Row], arguments: TrainArguments, emit: Emit) -> TreeEngine:
     architecture = read_architecture(model)
     arithmetic, why_not = choose_arithmetic(architecture.dtype, architecture.head_sizes)
-    plan, words = make_plan(architecture, rows, arguments.batch_size * arguments.grad_accum, arguments.max_memory)
+    plan, words = make_plan(architecture, rows, arguments.batch_size * arguments.grad_accum, arguments.max_memory, measured=measured)
     kernels = arithmetic.name + (f" ({why_not})" if why_not else "")
     emit(TrainingEvent(event="note", message=f"tree engine, kernels: {kernels}; {words}"))
     return TreeEngine(architecture, plan, arithmetic, arguments.seed)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Literal
 
 from loraloop.base_model import cache_directory
-from loraloop.files import new_directory
+from loraloop.files import file_sha256, new_directory
 
 Isa = Literal["amx", "avx512bf16"]
 
@@ -85,16 +85,29 @@ def _load(path: Path) -> ctypes.CDLL:
 def _built() -> Path:
     """The library's file; its folder's name is the hash of what it is made from, so that a change never meets an old build.
 
+    A file that is not what was built (a full disk, a copy that broke off) would end the process when it is loaded; it is built anew.
     Raises OSError with the compilers' words when none of them can make it.
     """
     digest = hashlib.sha256("\0".join(_FLAGS).encode())
     for name in (*_HEADERS, *_SOURCES):
         digest.update((_FOLDER / name).read_bytes())
     folder = cache_directory() / "kernels" / digest.hexdigest()[:24]
-    if not (folder / "kernels.so").is_file():
-        with contextlib.suppress(FileExistsError), new_directory(folder) as aside:  # another process may have been faster
+    if folder.is_dir() and not _is_whole(folder):
+        with contextlib.suppress(FileNotFoundError):  # another process may have been faster, here and below
+            folder.rename(folder.with_name(f"{folder.name}.damaged-{os.getpid()}"))
+    if not folder.is_dir():
+        with contextlib.suppress(FileExistsError), new_directory(folder) as aside:
             _compile(aside / "kernels.so")
+            (aside / "kernels.sha256").write_text(file_sha256(aside / "kernels.so"), encoding="ascii")
     return folder / "kernels.so"
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether the library in `folder` is the one that was built there."""
+    try:
+        return (folder / "kernels.sha256").read_text(encoding="ascii") == file_sha256(folder / "kernels.so")
+    except OSError:
+        return False
 
 
 def _compile(target: Path) -> None:

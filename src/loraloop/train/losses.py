@@ -55,9 +55,20 @@ def head_loss(
         logits = torch.mm(hidden[rows], head.t())  # (rows, vocabulary)
         chosen = logits[here, tokens].double()
         row_factors = (targets.row_weights[rows] * (factor or 0.0)).to(torch.promote_types(logits.dtype, torch.float32))
-        lse = arithmetic.softmax(logits, row_factors)
-        loss += float((weights * (lse.double()[here] - chosen)).sum())
+        lse = arithmetic.softmax(logits, row_factors).double()[here]
+        loss += float((weights * (lse - chosen)).sum())
         if d_hidden is not None and factor is not None:
-            logits.index_put_((here, tokens), (weights * -factor).to(logits.dtype), accumulate=True)
+            probable = targets.row_weights[rows][here] * (chosen - lse).exp()
+            wanted = _sum_equals(here * logits.shape[1] + tokens, weights)
+            logits[here, tokens] = (factor * (probable - wanted)).to(logits.dtype)
             torch.mm(logits, head, out=d_hidden[rows])
     return loss, d_hidden
+
+
+def _sum_equals(places: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """(targets,) for each target the weights of all that have its place in the logits.
+
+    A target's gradient is a small difference of large numbers where the model is sure of it: it must be whole before it is rounded.
+    """
+    _, groups = torch.unique(places, return_inverse=True)
+    return torch.zeros_like(weights).index_add_(0, groups, weights)[groups]

@@ -24,6 +24,8 @@ from loraloop.train.losses import HEAD_ROWS
 
 MAX_BLOCK_ROWS = 4096
 SHARE_OF_FREE = 0.8
+RUNTIME_BYTES = 64 << 20
+"""What torch takes for itself at its first products and optimizer step: code, threads, packed weights."""
 _OPTIONS = tuple(Plan(rows, keep) for keep in reversed(Keep) for rows in (MAX_BLOCK_ROWS, 2048, 1024, 512, 256))
 """From the fastest to the one that needs least (docs/lab-book.md)."""
 
@@ -45,17 +47,19 @@ class Need:
         return self.path + self.block + self.head + self.optimizer
 
 
-def make_plan(architecture: Architecture, rows: Sequence[Row], window: int, max_memory: int | None) -> tuple[Plan, str]:
+def make_plan(
+    architecture: Architecture, rows: Sequence[Row], window: int, max_memory: int | None, *, measured: Sequence[Row] = ()
+) -> tuple[Plan, str]:
     """The fastest plan that stays within `max_memory` bytes of this process (80 % of what is free when None), and words about it.
 
-    `window` is the number of rows in an optimizer step. Raises LoraTrainerError with the numbers when the longest row cannot be
-    trained within the limit.
+    `window` is the number of rows in an optimizer step; `measured` are computed all at once, without gradients. Raises LoraTrainerError
+    with the numbers when the longest row cannot be trained within the limit.
     """
-    used = resident_bytes()
+    used = resident_bytes() + RUNTIME_BYTES
     free = free_bytes()
     limit = max_memory if max_memory is not None else used + int(SHARE_OF_FREE * free) if free is not None else None
-    longest = max(len(row.ids) for row in rows)
-    largest = sum(sorted((len(row.ids) for row in rows), reverse=True)[:window])
+    longest = max(len(row.ids) for row in (*rows, *measured))
+    largest = max(sum(sorted((len(row.ids) for row in rows), reverse=True)[:window]), sum(len(row.ids) for row in measured))
     for plan in _OPTIONS:
         need = estimate(architecture, plan, longest, largest)
         if limit is None or used + need.total <= limit:

@@ -54,7 +54,7 @@ def run(arguments: TrainArguments, emit: Emit, *, keeps_memory: bool = False) ->
     emit(TrainingEvent(event="note", message=f"base {base.name} in {dtype} on {device}, {_describe_process(keeps_memory=keeps_memory)}"))
     model = base_model.load_model(base, dtype).to(device)
     model = loop.new_adapter(model, arguments.rank, arguments.alpha, arguments.dropout, arguments.seed)
-    engine = open_engine(model, rows.rows, arguments, emit)
+    engine = open_engine(model, rows.rows, arguments, emit, measured=measured)
     before = _measure(engine, measured, emit, "before")
     if arguments.verify:
         verify(model, engine, rows.rows, arguments, emit)

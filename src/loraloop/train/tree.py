@@ -111,7 +111,7 @@ def build_tree(rows: Sequence[Row]) -> TokenTree:
         here = slice(node.row, node.row + node.end - node.start)
         tokens[here] = inputs[node.sample][node.start : node.end]
         positions[here] = np.arange(node.start, node.end)
-    at, targets, weights, samples = _find_targets(rows, inputs, roots)
+    at, targets, weights, samples = _find_targets(rows, inputs, order)
     by_row = np.argsort(at, kind="stable")
     return TokenTree(
         tokens=tokens,
@@ -211,32 +211,33 @@ def _place(roots: Sequence[Node]) -> int:
     return row
 
 
-def _find_targets(rows: Sequence[Row], inputs: Sequence[Ints], roots: Sequence[Node]) -> tuple[Ints, Ints, Floats, Ints]:
+def _find_targets(rows: Sequence[Row], inputs: Sequence[Ints], order: Sequence[int]) -> tuple[Ints, Ints, Floats, Ints]:
     """(row, token, weight, sample) of every supervised token of every sample."""
     found: list[tuple[Ints, Ints, Floats, Ints]] = []
-    for sample, (row, ids) in enumerate(zip(rows, inputs, strict=True)):
-        if not len(ids):
-            continue
-        weights = np.asarray(row.weights, np.float64)[1 : len(ids) + 1]
+    for sample, path in _paths(inputs, order):
+        weights = np.asarray(rows[sample].weights, np.float64)[1 : len(path) + 1]
         depths = np.flatnonzero(weights > 0)
-        at = _rows_of_path(ids, inputs, roots)[depths]
-        found.append((at, np.asarray(row.ids, np.int64)[depths + 1], weights[depths], np.full(len(depths), sample)))
+        found.append((path[depths], np.asarray(rows[sample].ids, np.int64)[depths + 1], weights[depths], np.full(len(depths), sample)))
     if not found:
         return np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0), np.empty(0, np.int64)
     at, tokens, weights, samples = (np.concatenate(parts) for parts in zip(*found, strict=True))
     return at, tokens, weights, samples
 
 
-def _rows_of_path(ids: Ints, inputs: Sequence[Ints], roots: Sequence[Node]) -> Ints:
-    """(tokens,) the tree's row for each token of a sample."""
-    parts: list[Ints] = []
-    nodes, depth = roots, 0
-    while depth < len(ids):
-        node = next(node for node in nodes if inputs[node.sample][depth] == ids[depth])
-        stop = min(node.end, len(ids))
-        parts.append(np.arange(node.row, node.row + stop - depth))
-        nodes, depth = node.children, stop
-    return np.concatenate(parts)
+def _paths(inputs: Sequence[Ints], order: Sequence[int]) -> Iterator[tuple[int, Ints]]:
+    """(sample, the tree's row for each of its tokens); the second is only good until the next is asked for.
+
+    In lexicographic order a sample's tokens that none before it had are the next rows of the preorder.
+    """
+    path = np.empty(max((len(inputs[sample]) for sample in order), default=0), np.int64)
+    before, n_rows = np.empty(0, np.int64), 0
+    for sample in order:
+        ids = inputs[sample]
+        shared = _common_prefix(before, ids)
+        path[shared : len(ids)] = np.arange(n_rows, n_rows + len(ids) - shared)
+        n_rows += len(ids) - shared
+        yield sample, path[: len(ids)]
+        before = ids
 
 
 def _groups(siblings: Sequence[Node], max_rows: int) -> Iterator[list[Node]]:
