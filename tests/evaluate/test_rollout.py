@@ -16,6 +16,7 @@ from loraloop.episode import Message
 from loraloop.errors import EvaluationError
 from loraloop.evaluate.rollout import Player, PlayLimits, last_line, load_player, play, stop_token_ids
 from loraloop.train import loop
+from loraloop.train.dense import DenseEngine
 from loraloop.training_data import TrainingData
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
@@ -114,8 +115,8 @@ def test_a_model_that_learned_to_stop_stops(tmp_path: Path) -> None:
     settings = loop.LoopSettings(
         epochs=60, batch_size=1, gradient_accumulation=1, learning_rate=1e-2, warmup_ratio=0.1, max_grad_norm=1.0, max_steps=None, seed=0
     )
-    history = loop.train(player.model, rows, settings, lambda event: None)
-    assert history[-1][1] < 0.05
+    history = loop.train(player.model, DenseEngine(player.model, batch_size=1), rows, settings, lambda event: None)
+    assert history.losses[-1][1] < 0.05
     player.model.eval()
     torch.manual_seed(0)
     limits = PlayLimits(max_turns=2, max_turn_tokens=20, max_tokens=200)

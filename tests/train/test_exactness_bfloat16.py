@@ -12,6 +12,7 @@ from train.tree_models import make_twins, twins
 
 from loraloop.train.adapters import FusedLinear
 from loraloop.train.arithmetic import TorchArithmetic, choose_arithmetic
+from loraloop.train.buffers import Scratch
 from loraloop.train.losses import Targets, head_loss
 from loraloop.train.tree import build_tree, list_visits
 
@@ -44,10 +45,13 @@ def test_gradient_of_a_sure_prediction_is_rounded_once(sureness: float, arithmet
 
 
 @pytest.mark.parametrize("hidden", [40, 50, 80])
-def test_memory_that_was_never_written_is_not_read(hidden: int) -> None:
+def test_memory_that_was_never_written_is_not_read(hidden: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fresh memory full of NaN, as it may be: a buffer's rows and the one behind them are numbers all the same."""
     linear = FusedLinear(_adapted(hidden), key=0)
     linear.refresh()
-    x = torch.full((33, linear.width), torch.nan, dtype=torch.bfloat16)
+    fresh = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *size, **options: fresh(*size, **options).fill_(torch.nan))
+    x = Scratch(40, torch.bfloat16).take("x", 33, linear.width)
     x[:, :hidden] = torch.randn(33, hidden, generator=torch.Generator().manual_seed(0))
     linear.fill(x, _NO_DROPOUT)
     assert x.isfinite().all()
