@@ -97,7 +97,7 @@ class TrainingRecord(Frozen):
     peak_memory_mb: int
     gpu_memory_mb: int | None
     engine: str = "dense"
-    """tree or dense, with what computed it."""
+    """tree or dense."""
     n_logical_tokens: int = 0
     """Tokens of all samples of all steps."""
     n_computed_tokens: int = 0

@@ -35,7 +35,6 @@ class FusedLinear:
     def __init__(self, modules: Sequence[nn.Module], key: int) -> None:
         bases = [_base(module) for module in modules]
         self.n_inputs = bases[0].in_features
-        self.sizes = [base.out_features for base in bases]
         self.adapters: list[Adapter] = []
         self.key = key
         """Tells this layer's dropout draws from those of others."""
