@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from loraloop.episode import EpisodeId, FunctionCall, Message, ToolCall
-from loraloop.training_data import ConversationRole, TrainingData, is_held_out, split_by_task
+from loraloop.training_data import METHODS, ConversationRole, TrainingData, is_held_out, split_by_task
 
 EPISODE = str(EpisodeId.from_content("0123456789abcdef" * 2))
 
@@ -101,15 +101,48 @@ messages = st.builds(
     author=st.sampled_from([None, "agent", "simulated_user"]),
     weight=st.floats(min_value=0, max_value=1e6),
 )
+kinds = st.sampled_from(METHODS).flatmap(
+    lambda kind: st.fixed_dictionaries(
+        {
+            "kind": st.just(kind),
+            "rejected_messages": st.lists(messages, min_size=1, max_size=2) if kind == "dpo" else st.just([]),
+            "n_prompt": st.integers(0, 1) if kind == "dpo" else st.just(0),
+            "desirable": st.booleans() if kind == "kto" else st.none(),
+            "rejected_episode_id": st.none() | st.just(EpisodeId.parse(EPISODE)),
+        }
+    )
+)
 samples = st.builds(
-    TrainingData,
-    kind=st.sampled_from(["sft", "dpo"]),
-    messages=st.lists(messages, min_size=1, max_size=4),
-    rejected_messages=st.lists(messages, max_size=2),
+    lambda of_kind, **fields: TrainingData(**of_kind, **fields),
+    kinds,
+    messages=st.lists(messages, min_size=2, max_size=4),
     tools=st.lists(st.dictionaries(texts, st.none() | texts | st.integers() | st.lists(st.booleans(), max_size=2), max_size=2), max_size=2),
     weight=st.floats(min_value=1e-6, max_value=1e6),
     episode_id=st.none() | st.just(EpisodeId.parse(EPISODE)),
 )
+
+
+def test_the_sides_of_a_pair_are_two_conversations_of_which_only_what_follows_the_prompt_is_trained():
+    turns = [
+        Message(role=role, content=text) for role, text in (("user", "Q"), ("assistant", "both"), ("user", "R"), ("assistant", "good"))
+    ]
+    pair = TrainingData(
+        kind="dpo", messages=turns, n_prompt=3, rejected_messages=[Message(role="assistant", content="bad")], episode_id=EPISODE, weight=2
+    )
+    better, worse = pair.sides
+    assert [(m.content, m.weight) for m in better.messages] == [("Q", 0), ("both", 0), ("R", 0), ("good", 1)]
+    assert [(m.content, m.weight) for m in worse.messages] == [("Q", 0), ("both", 0), ("R", 0), ("bad", 1)]
+    assert (better.kind, better.weight, worse.weight, worse.episode_id) == ("sft", 1, 1, EPISODE)
+    other = pair.model_copy(update={"rejected_episode_id": EpisodeId.parse("ep-2")})
+    assert other.episode_ids == (EPISODE, "ep-2")
+    assert other.sides[1].episode_id == "ep-2"
+    assert TrainingData.dpo("Q", "good", "bad").sides[1].messages[-1].content == "bad"
+
+
+def test_a_side_of_any_other_sample_is_the_sample():
+    plain = TrainingData.sft_simple("Q", "A")
+    kto = plain.model_copy(update={"kind": "kto", "desirable": False, "weight": 3.0})
+    assert kto.sides == plain.sides == (plain,)
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
@@ -147,8 +180,12 @@ def test_a_key_of_ours_that_is_null_says_nothing():
             r"conversations\.1\.role: .*found 'robot'",
         ),
         ({"conversations": [{"from": "human", "value": "x"}]}, r"conversations\.0\.role: Field required"),
-        ({"conversations": [{"role": "user", "content": "x"}], "weight": -1}, "weight: .*greater than or equal to 0, found '-1'"),
+        ({"conversations": [{"role": "user", "content": "x"}], "weight": -1}, "weight -1: only a sample of kind weighted"),
         ({"conversations": [{"role": "user", "content": "x"}], "kind": "rl"}, "kind: .*found 'rl'"),
+        ({"conversations": [{"role": "user", "content": "x"}], "kind": "dpo"}, "^a sample of kind dpo has rejected turns"),
+        ({"conversations": [{"role": "user", "content": "x"}], "rejected": [{"role": "user", "content": "x"}]}, "no other kind has"),
+        ({"conversations": [{"role": "user", "content": "x"}], "kind": "kto"}, "kto says whether it is desirable"),
+        ({"conversations": [{"role": "user", "content": "x"}], "n_prompt": 1}, "n_prompt 1: only of kind dpo"),
         ({"conversations": [{"role": "user", "content": "x"}], "tools": 5}, "tools: .*found '5'"),
         ({"conversations": [{"role": "user", "content": "x"}], "rejected": [7]}, r"rejected\.0: .*found '7'"),
         ({"conversations": [{"role": "user", "content": "x"}], "episode_id": "../x"}, r"episode_id: .*found '\.\./x'"),

@@ -1,17 +1,18 @@
 """TrainingData is one sample to train on; a Refusal says why an episode gave none.
 
-A sample is a whole conversation in the OpenAI shape (sft) or a prompt with a better and a worse answer (dpo), and can be traced to
-the episode it came from. Which tokens carry loss follows from who wrote each turn; `chat.render` turns that into token weights.
-This module also owns the line of a training file, the one form in which samples reach a training process.
+A sample is a whole conversation in the OpenAI shape: to be learned (sft), to be learned so much or so little (weighted), to be
+made likelier or less likely (kto), or the better one of two that begin alike (dpo). It can be traced to the episodes it came from.
+Which tokens carry loss follows from who wrote each turn; `chat.render` turns that into token weights. This module also owns the
+line of a training file, the one form in which samples reach a training process.
 """
 
 from __future__ import annotations
 
 import hashlib
 from enum import StrEnum
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import Field, JsonValue, ValidationError
+from pydantic import Field, JsonValue, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
 from loraloop.episode import EpisodeId, Frozen, Message
@@ -48,6 +49,11 @@ class Conversation(Frozen):
         return len(self.conversations)
 
 
+Method = Literal["sft", "weighted", "dpo", "kto"]
+"""How samples are trained: by likelihood, by weighted likelihood, by preference within a pair, by desirable and undesirable."""
+METHODS: tuple[Method, ...] = get_args(Method)
+
+
 class Refusal(Frozen):
     """An episode or sample that is left out, and why: `reason` is a short code that reports count by."""
 
@@ -57,20 +63,41 @@ class Refusal(Frozen):
 
 
 class TrainingData(Frozen):
-    """One sample. For sft, `messages` is the whole conversation; for dpo it ends with the chosen answer and `rejected` holds the other."""
+    """One sample. Raises ValueError when its fields do not fit its kind."""
 
-    kind: Literal["sft", "dpo"] = "sft"
+    kind: Method = "sft"
     messages: tuple[Message, ...] = Field(min_length=1)
+    """The whole conversation; for dpo the better one."""
     rejected_messages: tuple[Message, ...] = ()
+    """dpo: the turns of the worse conversation behind the prompt."""
+    n_prompt: Annotated[int, Field(ge=0)] = 0
+    """dpo: how many of `messages` are the prompt, with which both conversations begin. 0: all but the last turn."""
+    desirable: bool | None = None
+    """kto: whether the agent's turns are to become likelier or less likely."""
     tools: tuple[dict[str, JsonValue], ...] = ()
-    weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
-    """Multiplies the loss of every agent token in the sample; 0 leaves it out of a training, as a refusal."""
+    weight: Annotated[float, Field(allow_inf_nan=False)] = 1.0
+    """Multiplies the sample's loss, for sft and weighted that of every agent token; 0 leaves it out of a training, as a refusal.
+    Only a weighted sample may be negative: its agent tokens become less likely."""
     episode_id: EpisodeId | None = None
+    rejected_episode_id: EpisodeId | None = None
+    """dpo: where the worse conversation came from."""
     split_key: str | None = None
     """Samples with equal keys are never divided between training and held-out."""
     outcome_score: float | None = None
     model: str | None = None
     """The model that produced the episode, where known."""
+
+    @model_validator(mode="after")
+    def _fits_its_kind(self) -> Self:
+        if (self.kind == "dpo") != bool(self.rejected_messages):
+            raise ValueError("a sample of kind dpo has rejected turns, and no other kind has")
+        if self.n_prompt and (self.kind != "dpo" or self.n_prompt >= len(self.messages)):
+            raise ValueError(f"n_prompt {self.n_prompt}: only of kind dpo, and less than the {len(self.messages)} messages")
+        if (self.kind == "kto") != (self.desirable is not None):
+            raise ValueError("a sample of kind kto says whether it is desirable, and no other kind does")
+        if self.weight < 0 and self.kind != "weighted":
+            raise ValueError(f"weight {self.weight:g}: only a sample of kind weighted may have one below 0")
+        return self
 
     @classmethod
     def sft(cls, system: str | None, prompt: str, response: str) -> Self:
@@ -114,6 +141,27 @@ class TrainingData(Frozen):
         return self.kind == "sft"
 
     @property
+    def episode_ids(self) -> tuple[EpisodeId, ...]:
+        """The episodes that it was made from, each once."""
+        return tuple(dict.fromkeys(found for found in (self.episode_id, self.rejected_episode_id) if found is not None))
+
+    @property
+    def sides(self) -> tuple[Self, ...]:
+        """The conversations to compute, each as an sft sample of weight 1: one, for dpo the better and then the worse.
+
+        Of a pair only what stands behind the prompt is trained: the prompt is on both sides, and cancels out.
+        """
+        whole = {"kind": "sft", "weight": 1.0, "rejected_messages": (), "n_prompt": 0, "desirable": None, "rejected_episode_id": None}
+        if self.kind != "dpo":
+            return (self.model_copy(update=whole),)
+        n_prompt = self.n_prompt or len(self.messages) - 1
+        prompt = tuple(message.model_copy(update={"weight": 0.0}) for message in self.messages[:n_prompt])
+        better = self.model_copy(update={**whole, "messages": (*prompt, *self.messages[n_prompt:])})
+        rejected_id = self.rejected_episode_id or self.episode_id
+        worse = self.model_copy(update={**whole, "messages": (*prompt, *self.rejected_messages), "episode_id": rejected_id})
+        return better, worse
+
+    @property
     def system(self) -> str | None:
         """The system prompt, or None."""
         return self.messages[0].content if self.messages[0].role == "system" else None
@@ -151,10 +199,15 @@ class TrainingData(Frozen):
             line["rejected"] = [_turn_to_line(message) for message in self.rejected_messages]
         if self.tools:
             line["tools"] = list(self.tools)
+        if self.n_prompt:
+            line["n_prompt"] = self.n_prompt
+        if self.desirable is not None:
+            line["desirable"] = self.desirable
         if self.weight != 1.0:
             line["weight"] = self.weight
-        if self.episode_id is not None:
-            line["episode_id"] = str(self.episode_id)
+        for name, episode_id in (("episode_id", self.episode_id), ("rejected_episode_id", self.rejected_episode_id)):
+            if episode_id is not None:
+                line[name] = str(episode_id)
         return line
 
     @classmethod
@@ -167,8 +220,11 @@ class TrainingData(Frozen):
             "messages": line["conversations"],
             "rejected_messages": line.get("rejected") or (),
             "tools": line.get("tools") or (),
+            "n_prompt": line.get("n_prompt") or 0,
+            "desirable": line.get("desirable"),
             "weight": 1.0 if line.get("weight") is None else line["weight"],
             "episode_id": line.get("episode_id"),
+            "rejected_episode_id": line.get("rejected_episode_id"),
         }
         try:
             return cls.model_validate(fields)
@@ -196,8 +252,10 @@ def split_by_task(samples: list[TrainingData], fraction: float, min_tasks: int) 
 
 def _describe_wrong(error: ErrorDetails) -> str:
     """One thing that pydantic found wrong, by the names that a line has for it: `conversations.0.role: …, found 'developer'`."""
-    first, *rest = map(str, error["loc"])
+    first, *rest = map(str, error["loc"] or ("",))
     place = ".".join([{"messages": "conversations", "rejected_messages": "rejected"}.get(first, first), *rest])
+    if not place:
+        return error["msg"].removeprefix("Value error, ")
     return f"{place}: {error['msg']}, found {str(error['input'])[:80]!r}"
 
 

@@ -15,7 +15,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from loraloop.cli import browse, work
+from loraloop.cli import browse, build, ingest, train
 from loraloop.errors import LoraLoopError
 
 app = typer.Typer(
@@ -30,8 +30,8 @@ app = typer.Typer(
     "loraloop train --base MODEL     train an adapter on it\n"
     "loraloop models list            what has been trained",
 )
-work.register(app)
-browse.register(app)
+for command in (ingest, build, train, browse):
+    command.register(app)
 
 
 @app.callback(invoke_without_command=True)
