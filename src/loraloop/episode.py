@@ -252,6 +252,8 @@ class Episode(Frozen):
     """Tool schemas as the agent was shown them, in the OpenAI shape."""
     records: tuple[AnyRecord, ...] = ()
     outcome: AnyOutcome = Field(default_factory=Unknown)
+    is_open: bool = False
+    """Still going on: more records may follow, so nothing is learned from it yet."""
     metadata: EpisodeMetadata = Field(default_factory=EpisodeMetadata)
 
     def to_dto(self) -> EpisodeDto:

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 from loraloop.episode import AnyRecord, Episode, EpisodeDto, EpisodeFilter, Outcome
 from loraloop.errors import SettingsError
-from loraloop.training_data import Refusal, TrainingData
+from loraloop.training_data import Method, Refusal, TrainingData
 
 PluginKind = Literal["learn_models", "importers"]
 
@@ -71,8 +71,17 @@ class LearnModel(Protocol):
         """One sentence: what a model trained on it does better."""
         ...
 
-    def build_episodes(self, records: Iterable[AnyRecord]) -> list[Episode]:
-        """The finished episodes in `records`."""
+    @property
+    def method(self) -> Method:
+        """How its samples are trained: each has this kind."""
+        ...
+
+    def build_episodes(self, records: Iterable[AnyRecord], open_episodes: Sequence[Episode] = ()) -> list[Episode]:
+        """The episodes in `records`, in the order they first appear.
+
+        One that has not come to its end has `is_open`; given back as one of `open_episodes` with the next records, it is continued
+        under its id. So a task that lies across batches is one episode, the same as from one batch.
+        """
         ...
 
     def evaluate(self, context: Sequence[AnyRecord]) -> Outcome:
@@ -82,6 +91,31 @@ class LearnModel(Protocol):
     def convert(self, episode: Episode) -> TrainingData | Refusal:
         """The sample of `episode`, or why there is none."""
         ...
+
+
+@runtime_checkable
+class GroupLearnModel(LearnModel, Protocol):
+    """A learn model that makes samples of several episodes, or several of one."""
+
+    def group_key(self, episode: Episode) -> str:
+        """Episodes with equal keys are converted together."""
+        ...
+
+    def convert_group(self, episodes: Sequence[Episode]) -> list[TrainingData | Refusal]:
+        """The samples of one group, ordered by id. Every episode is in a sample, or has exactly one refusal with its id."""
+        ...
+
+
+def convert_all(learn_model: LearnModel, episodes: Iterable[Episode]) -> Iterator[TrainingData | Refusal]:
+    """What `learn_model` makes of `episodes`; of groups, in the order of their keys, so that the order of `episodes` tells nothing."""
+    if not isinstance(learn_model, GroupLearnModel):
+        yield from map(learn_model.convert, episodes)
+        return
+    groups: dict[str, list[Episode]] = {}
+    for episode in episodes:
+        groups.setdefault(learn_model.group_key(episode), []).append(episode)
+    for key in sorted(groups):
+        yield from learn_model.convert_group(sorted(groups[key], key=lambda episode: episode.id))
 
 
 class Importer(Protocol):

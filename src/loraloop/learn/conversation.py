@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from loraloop.episode import CONVERSATION, AnyRecord, Episode, LlmCallRecord, Outcome, Unknown
 from loraloop.learn.outcome_rules import refusal_for_outcome, sample_weight
-from loraloop.training_data import Refusal, TrainingData
+from loraloop.training_data import Method, Refusal, TrainingData
 
 
 class ConversationLearn:
@@ -29,6 +29,11 @@ class ConversationLearn:
     def objective(self) -> str:
         """One sentence for people."""
         return "Answer and call tools as in the conversations that ended well."
+
+    @property
+    def method(self) -> Method:
+        """Trained by likelihood."""
+        return "sft"
 
     def build_episodes(self, records: Iterable[AnyRecord]) -> list[Episode]:
         """One episode for each task: the last call's whole history and its response, as the longest telling of the task.

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from loraloop.episode import ActionRecord, AnyRecord, Episode, EpisodeMetadata, Failure, Message, Outcome, Success, Unknown
 from loraloop.errors import SettingsError
 from loraloop.learn.outcome_rules import refusal_for_outcome, sample_weight
-from loraloop.training_data import Refusal, TrainingData
+from loraloop.training_data import Method, Refusal, TrainingData
 
 DONE = "done"
 SYSTEM = (
@@ -37,6 +37,11 @@ class WorkerTaskLearn:
     def objective(self) -> str:
         """One sentence for people."""
         return "Choose the next action of a task as in the runs that ended well."
+
+    @property
+    def method(self) -> Method:
+        """Trained by likelihood."""
+        return "sft"
 
     def build_episodes(self, records: Iterable[AnyRecord]) -> list[Episode]:
         """One episode for each task whose actions reach `done`, in the order the tasks first appear.
