@@ -52,8 +52,8 @@ def test_the_readme_is_one_page_with_the_two_commands() -> None:
 
 def test_every_refusal_code_of_build_and_train_is_documented() -> None:
     text = (ROOT / "docs" / "concepts.md").read_text()
-    sources = [*(ROOT / "src/loraloop/learn").glob("*.py"), ROOT / "src/loraloop/chat/render.py", ROOT / "src/loraloop/train/data.py"]
-    found = r'(?:reason=|refuse\(\w+(?:\.\w+)?(?:\[0\])?, )"(\w+)"'
+    sources = [*(ROOT / "src/loraloop/learn").glob("*.py"), *(ROOT / "src/loraloop/chat").glob("*.py"), ROOT / "src/loraloop/train/data.py"]
+    found = r'(?:reason=|Fault\(|refuse\(\w+(?:\.\w+)?(?:\[0\])?, )"(\w+)"'
     codes = {code for path in sources for code in re.findall(found, path.read_text())}
     codes |= set(re.findall(r'"(outcome_\w+|score_below_minimum)"', (ROOT / "src/loraloop/learn/outcome_rules.py").read_text()))
     assert len(codes) >= 13
