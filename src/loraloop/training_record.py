@@ -34,6 +34,13 @@ class DataReport(Frozen):
     calls_rendered: int
     refused: dict[str, int] = Field(default_factory=dict)
     tools_rendered_by: Literal["template", "fallback", "none"] = "none"
+    windowed: int = 0
+    """Samples that were too long and became windows."""
+    elided: int = 0
+    """Samples of which tool outputs were cut in the middle to make them fit."""
+    characters_elided: int = 0
+    prefix_broken: int = 0
+    """Samples that became several rows because the template renders earlier turns otherwise once later ones are there."""
 
 
 class TrainingEvent(Frozen):

@@ -211,7 +211,7 @@ def pair(*rejected: str, number: int = 1) -> TrainingData:
 
 
 def test_a_pair_is_one_unit_in_which_only_the_agents_words_behind_the_prompt_are_trained() -> None:
-    made = build_units([pair("no", "why?", "so")], template(), 500, "dpo")
+    made = build_units([pair("no", "why?", "so")], template(), 500, method="dpo")
     (unit,) = made.units
     assert [trained_text(row) for row in unit.better] == ["yes<|im_end|>"]
     assert [trained_text(row) for row in unit.worse] == ["no<|im_end|>so<|im_end|>"]
@@ -221,7 +221,7 @@ def test_a_pair_is_one_unit_in_which_only_the_agents_words_behind_the_prompt_are
 
 
 def test_a_pair_of_which_a_turn_does_not_fit_is_refused_whole() -> None:
-    made = build_units([pair("n" * 300), pair("no", number=2)], template(), 120, "dpo")
+    made = build_units([pair("n" * 300), pair("no", number=2)], template(), 120, method="dpo")
     assert [unit.sample_number for unit in made.units] == [2]
     assert made.report.refused == {"turn_too_long": 1}
     assert [refusal.episode_id for refusal in made.refusals] == ["bad-1"]
@@ -231,7 +231,7 @@ def test_a_long_kto_sample_is_one_unit_of_several_rows() -> None:
     words = [letter * 40 for letter in "abcdef"]
     good = TrainingData(kind="kto", desirable=True, messages=tuple(turns(*words)))
     bad = good.model_copy(update={"desirable": False})
-    made = build_units([good, bad], template(), 150, "kto")
+    made = build_units([good, bad], template(), 150, method="kto")
     assert len(made.units[0].rows) > 1
     assert (made.units[0].better, made.units[0].worse) == (made.units[0].rows, ())
     assert (made.units[1].better, made.units[1].worse) == ((), made.units[1].rows)
@@ -246,14 +246,14 @@ def test_a_method_trains_its_kinds_and_refuses_the_others_by_name(method: Any, k
         "dpo": pair("no"),
         "kto": sample(kind="kto", desirable=True),
     }
-    built = build_units(list(made.values()), template(), 300, method)
+    built = build_units(list(made.values()), template(), 300, method=method)
     assert {kind for number, kind in enumerate(made, 1) if number in {unit.sample_number for unit in built.units}} == kinds
     assert set(built.report.refused) == {f"kind_{kind}" for kind in made if kind not in kinds}
 
 
 def test_the_weight_of_a_sample_is_its_units_and_that_of_a_turn_its_tokens() -> None:
     heavy = sample({"role": "user", "content": "?"}, {"role": "assistant", "content": "y", "weight": 0.5}, kind="weighted", weight=-3)
-    (unit,) = build_units([heavy], template(), 100, "weighted").units
+    (unit,) = build_units([heavy], template(), 100, method="weighted").units
     assert unit.weight == -3
     assert {weight for weight in unit.rows[0].weights if weight} == {0.5}
     assert (unit.better, unit.worse) == ((), unit.rows)

@@ -12,7 +12,9 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from loraloop.chat.render import Row, check_row, render
+from loraloop.chat.length import LongPolicy
+from loraloop.chat.render import Rendered, render_sides
+from loraloop.chat.row import Row, check_row
 from loraloop.chat.template import ChatTemplate
 from loraloop.errors import EmptyData, RenderError
 from loraloop.files import json_line
@@ -85,10 +87,15 @@ def build_units(
     samples: Sequence[TrainingData],
     template: ChatTemplate,
     max_length: int,
+    *,
     method: Method = "sft",
+    long: LongPolicy = "window",
     on_progress: Callable[[int], None] = lambda _: None,
 ) -> UnitSet:
-    """Render every sample. Raises EmptyData when no row is left, with the first refusal; RenderError when a row fails a check."""
+    """Render every sample, what is longer than `max_length` by the policy `long`.
+
+    Raises EmptyData when no row is left, with the first refusal; RenderError when a row fails a check.
+    """
     units: list[Unit] = []
     refusals: list[Refusal] = []
     n_used = 0
@@ -96,7 +103,7 @@ def build_units(
         if refusal := _find_refusal(sample, number, method):
             refusals.append(refusal)
             continue
-        new_units, new_refusals = _render_sample(template, sample, number, max_length)
+        new_units, new_refusals = _render_sample(sample, number, render_sides(template, sample, max_length, long))
         units += new_units
         refusals += new_refusals
         n_used += bool(new_units)
@@ -139,15 +146,14 @@ def spread(units: Sequence[Unit], max_tokens: int) -> list[Unit]:
     return chosen
 
 
-def _render_sample(template: ChatTemplate, sample: TrainingData, number: int, max_length: int) -> tuple[list[Unit], list[Refusal]]:
-    """The units of a sample: each row by itself where likelihood is trained, else all rows of all sides as one.
+def _render_sample(sample: TrainingData, number: int, rendered: Sequence[Rendered]) -> tuple[list[Unit], list[Refusal]]:
+    """The units of a sample from its rendered sides: each row by itself where likelihood is trained, else all rows of all sides as one.
 
     A pair is only compared whole: with the first turn that must be left out, all of it is.
     """
     sides: list[list[Row]] = []
     refusals: list[Refusal] = []
-    for side in sample.sides:
-        rows, refused = render(template, side, max_length)
+    for rows, refused in rendered:
         if sample.kind == "dpo" and refused:
             return [], refused[:1]
         sides.append([replace(row, sample_number=number) for row in rows])
@@ -212,4 +218,8 @@ def _summarise(
         calls_rendered=sum(row.n_calls_rendered for row in rows),
         refused=dict(sorted(Counter(refusal.reason for refusal in refusals).items())),
         tools_rendered_by=("template" if native else "fallback") if has_tools else "none",
+        windowed=len({row.sample_number for row in rows if row.is_window}),
+        elided=len({row.sample_number for row in rows if row.n_elided}),
+        characters_elided=sum(row.n_elided for row in rows),
+        prefix_broken=len({row.sample_number for row in rows if row.prefix_broken}),
     )

@@ -78,7 +78,18 @@ def describe_data(report: DataReport) -> list[str]:
         f"agent turns: {report.turns}, of which the stop token is trained: {report.stops_trained}",
         f"tool calls recorded: {report.calls_recorded}, rendered: {report.calls_rendered}{by}",
         f"left out: {by_reason(report.refused)}",
+        *_describe_length(report),
     ]
+
+
+def _describe_length(report: DataReport) -> list[str]:
+    """What was done to samples that are no single row; nothing when all are."""
+    told = [
+        f"{report.windowed} in windows" if report.windowed else "",
+        f"{report.elided} without {report.characters_elided:,} characters of tool outputs" if report.elided else "",
+        f"{report.prefix_broken} a row for each call, as the template changes earlier turns" if report.prefix_broken else "",
+    ]
+    return [f"not whole samples: {', '.join(part for part in told if part)}"] if any(told) else []
 
 
 class TrainingScreen:

@@ -44,6 +44,7 @@ def train(
     desirable_weight: Annotated[float, typer.Option(help="kto: of a desirable sample's loss.")] = OPTIONS.desirable_weight,
     undesirable_weight: Annotated[float, typer.Option(help="kto: of an undesirable sample's loss.")] = OPTIONS.undesirable_weight,
     max_seq_length: Annotated[int, typer.Option(help="Tokens of a row; longer samples are cut into windows.")] = DEFAULTS.max_seq_length,
+    long: Annotated[str, typer.Option(help="Longer samples: window, elide (cut tool outputs) or refuse.")] = OPTIONS.long,
     max_steps: Annotated[int | None, typer.Option(help="End after this many optimizer steps.")] = None,
     seed: Annotated[int, typer.Option(help="Of adapter, order and dropout.")] = OPTIONS.seed,
     dtype: Annotated[str, typer.Option(help="Of the base weights: auto, float32 or bfloat16.")] = OPTIONS.dtype,
@@ -73,6 +74,7 @@ def train(
     if method is not None and method not in METHODS:
         raise SettingsError(f"--method {method}: expected {', '.join(METHODS)}")
     options = TrainOptions(
+        long=long,  # type: ignore[arg-type]
         beta=beta,
         loss=loss,  # type: ignore[arg-type]
         desirable_weight=desirable_weight,

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
+from loraloop.chat.length import LONG_POLICIES, LongPolicy
 from loraloop.errors import SettingsError
 from loraloop.training_data import Method
 
@@ -86,6 +87,8 @@ class TrainOptions:
     """Bytes that the training process may take, at least 1; None is 80 % of what is free."""
     verify: bool = False
     """Compute the first step with both engines, and stop when they differ."""
+    long: LongPolicy = "window"
+    """What happens to samples above max_seq_length: several rows, long tool outputs cut in the middle, or refused."""
     beta: float = 0.1
     """dpo and kto: how closely the model stays to its reference, more than 0."""
     loss: Literal["sigmoid", "ipo"] = "sigmoid"
@@ -110,6 +113,8 @@ class TrainOptions:
         for name in ("max_steps", "max_memory"):
             if getattr(self, name) is not None:
                 _check_int(name, getattr(self, name), 1)
+        if self.long not in LONG_POLICIES:
+            raise SettingsError(f"long={self.long!r}: expected {', '.join(LONG_POLICIES)}")
         if self.loss not in ("sigmoid", "ipo"):
             raise SettingsError(f"loss={self.loss!r}: expected sigmoid or ipo")
         for name in ("beta", "desirable_weight", "undesirable_weight"):
@@ -119,7 +124,7 @@ class TrainOptions:
 
     def to_argv(self, method: Method = "sft") -> list[str]:
         """The arguments that follow the contract's on the command line, for a training by `method`."""
-        argv = ["--seed", str(self.seed), "--dtype", self.dtype, "--engine", self.engine, "--method", method]
+        argv = ["--seed", str(self.seed), "--dtype", self.dtype, "--engine", self.engine, "--long", self.long, "--method", method]
         if method in ("dpo", "kto"):
             argv += ["--beta", repr(self.beta)]
         if method == "dpo":

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from loraloop.base_model import Dtype
+from loraloop.chat.length import LONG_POLICIES, LongPolicy
 from loraloop.training_data import METHODS, Method
 
 EngineName = Literal["tree", "dense"]
@@ -42,6 +43,7 @@ class TrainArguments:
     engine: EngineName
     max_memory: int | None
     verify: bool
+    long: LongPolicy
     method: Method
     beta: float
     loss: PreferenceLoss
@@ -112,6 +114,9 @@ def _parser() -> argparse.ArgumentParser:
     own.add_argument("--max-grad-norm", type=float, default=1.0, help="gradients are clipped to this norm (1)")
     own.add_argument("--engine", choices=["tree", "dense"], default="tree", help="tree computes shared tokens once; dense is plain (tree)")
     own.add_argument("--max-memory", type=int, help="bytes that the process may take (80 %% of what is free)")
+    own.add_argument(
+        "--long", choices=LONG_POLICIES, default="window", help="samples above --max-seq-length: windows, cut, or refused (window)"
+    )
     own.add_argument("--method", choices=METHODS, default="sft", help="how the samples are trained (sft)")
     own.add_argument("--beta", type=float, default=0.1, help="dpo, kto: how closely the model stays to its reference (0.1)")
     own.add_argument("--loss", choices=get_args(PreferenceLoss), default="sigmoid", help="dpo: the loss of a pair (sigmoid)")

@@ -46,7 +46,7 @@ def run(arguments: TrainArguments, emit: Emit, *, keeps_memory: bool = False) ->
     base = base_model.resolve_base(arguments.model, lambda text: emit(TrainingEvent(event="note", message=text)))
     tokenizer = base_model.load_tokenizer(base)
     template = ChatTemplate(tokenizer)
-    made = build_units(samples, template, arguments.max_seq_length, arguments.method)
+    made = build_units(samples, template, arguments.max_seq_length, method=arguments.method, long=arguments.long)
     emit(TrainingEvent(event="data", data=made.report))
     measured = spread(_held_out_units(held_out_samples, template, arguments, emit), arguments.held_out_tokens)
     data = Data.of(made.units, measured, arguments)
@@ -139,7 +139,7 @@ def _held_out_units(samples: list[TrainingData], template: ChatTemplate, argumen
     if not samples:
         return []
     try:
-        return build_units(samples, template, arguments.max_seq_length, arguments.method).units
+        return build_units(samples, template, arguments.max_seq_length, method=arguments.method, long=arguments.long).units
     except EmptyData as error:
         emit(TrainingEvent(event="warning", message=f"nothing is measured on held-out tasks: {error}"))
         return []
