@@ -49,10 +49,6 @@ def outcomes_page() -> str:
         "A name in backquotes alone is the reason code of a refusal. An episode with a score outside `score_range` is refused as\n"
         "`score_outside_scale`, whatever the method. Scores count as their place on that scale, 0 to 1.\n"
     )
-    rows = [
-        f"| `{field.name}` | `{field.default!r}` | {_description(OutcomeSettings, field.name)} |"
-        for field in dataclasses.fields(OutcomeSettings)
-    ]
     return "\n".join([intro, to_markdown(), "\n| setting | default | |\n|---|---|---|", *_rows(OutcomeSettings), ""])
 
 
