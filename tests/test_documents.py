@@ -62,9 +62,9 @@ def test_every_refusal_code_of_build_and_train_is_documented() -> None:
 def test_every_plugin_that_is_listed_loads() -> None:
     from loraloop.plugins import find
 
-    assert list_names("importers") == ["openai", "tau-bench"]
     names = ["conversation", "dependency_graph", "kto", "preference", "weighted", "worker_decision", "worker_task"]
     assert list_names("learn_models") == names
+    assert list_names("importers") == ["alpaca", "intercode", "openai", "sharegpt", "swe-agent", "tau-bench", "verifiers", "who-and-when"]
     for kind in ("importers", "learn_models"):
         for name in list_names(kind):
             assert find(kind, name)() is not None
