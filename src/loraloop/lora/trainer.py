@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
@@ -23,14 +23,14 @@ from typing import TypeVar
 
 from pydantic import ValidationError
 
-from loraloop.episode import EpisodeFilter, EpisodeId, now_ms
+from loraloop.episode import Episode, EpisodeFilter, EpisodeId, now_ms
 from loraloop.errors import EmptyData, LoraTrainerError, ProcessFailed, ScriptNotFound
 from loraloop.files import json_line, write_jsonl
 from loraloop.lora.config import LoraTrainerConfig, TrainOptions
 from loraloop.lora.model import LoraModelId, TrainedModel, TrainingMetrics
 from loraloop.lora.process import run_process
 from loraloop.lora.registry import MODEL_FILE, LoraModelRegistry
-from loraloop.plugins import EpisodeStore, LearnModel
+from loraloop.plugins import EpisodeStore, LearnModel, convert_all
 from loraloop.training_data import Refusal, TrainingData, split_by_task
 from loraloop.training_record import RECORD_FILE, TrainingEvent, TrainingRecord
 
@@ -104,14 +104,13 @@ class LoraTrainer:
         """Query and convert. Raises EmptyData when there is nothing to train on, with the refusals counted by reason."""
         samples: list[TrainingData] = []
         refused: Counter[str] = Counter()
-        n_episodes = 0
-        for episode in self._episode_store.iter_episodes(episode_filter):
-            n_episodes += 1
-            converted = learn_model.convert(episode)
+        seen: list[EpisodeId] = []
+        for converted in convert_all(learn_model, _noting(self._episode_store.iter_episodes(episode_filter), seen)):
             if isinstance(converted, Refusal):
                 refused[converted.reason] += 1
-            else:
-                samples.append(converted if converted.episode_id else converted.with_episode_id(episode.id))
+            else:  # a learn model of single episodes need not say which it was
+                samples.append(converted if converted.episode_id else converted.with_episode_id(seen[-1]))
+        n_episodes = len(seen)
         counts = (n_episodes, len(samples), refused.total())
         log.info("stage=convert learn_model=%s episodes=%d samples=%d refused=%d", learn_model.name, *counts)
         if n_episodes == 0:
@@ -305,6 +304,13 @@ def run_in_plain_thread(work: Callable[[], Result]) -> Result:
     if failure:
         raise failure[0]
     return result[0]
+
+
+def _noting(episodes: Iterable[Episode], seen: list[EpisodeId]) -> Iterator[Episode]:
+    """`episodes`, the id of each noted when it is taken."""
+    for episode in episodes:
+        seen.append(episode.id)
+        yield episode
 
 
 def _check_name(name: str) -> None:
