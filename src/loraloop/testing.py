@@ -6,8 +6,9 @@ A `check_<kind>()` is a plain function that returns when all is well and raises 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from loraloop.episode import (
@@ -22,7 +23,8 @@ from loraloop.episode import (
     Unknown,
 )
 from loraloop.errors import StoreError
-from loraloop.plugins import EpisodeStore
+from loraloop.plugins import EpisodeStore, Importer
+from loraloop.training_data import Refusal
 
 
 def make_episode(**changes: Any) -> Episode:
@@ -33,6 +35,45 @@ def make_episode(**changes: Any) -> Episode:
         {"role": "assistant", "content": "Seven minutes."},
     ]
     return Episode.model_validate({"task_id": "egg", "messages": messages, "outcome": Success(1.0), **changes})
+
+
+# --- importers --------------------------------------------------------------------------------------------------------------
+
+
+def check_importer(importer: Importer, own: Iterable[Path], others: Iterable[Path] = ()) -> None:
+    """Check that an importer does all that `plugins.Importer` promises.
+
+    `own` are files of its format, with at least one episode and one refusal among them; `others` are files of other formats.
+    """
+    _expect(bool(importer.name) and "\n" not in importer.description, "an importer has a name and a description of one line")
+    read: list[Episode | Refusal] = []
+    for path in own:
+        _expect(importer.detect(path, _head(path)), f"{importer.name} recognises {path}")
+        entries = list(importer.read(path))
+        n_entries = importer.count(path)
+        _expect(n_entries in {None, len(entries)}, f"count() of {path} is {n_entries}, and read() gives {len(entries)} entries")
+        _expect(_without_time(entries) == _without_time(importer.read(path)), f"reading {path} again gives the same entries, same ids")
+        read += entries
+    for entry in read:
+        if isinstance(entry, Refusal):
+            marks = (": found ", "; expected ", "; do this: ")
+            _expect(all(mark in entry.detail for mark in marks), f"a refusal says found, expected, do this: {entry.detail}")
+        else:
+            _expect(entry.id.timestamp_ms == 0, f"the id of an imported episode follows from its content, not from the time: {entry.id}")
+            _expect(entry.metadata.tags.get("format") == importer.name, f"an episode is tagged with its format: {entry.metadata.tags}")
+            _expect(bool(entry.messages or entry.records), "an episode has messages or records")
+    kinds = {type(entry) for entry in read}
+    _expect(kinds == {Episode, Refusal}, f"the files of {importer.name} give episodes and refusals, not only {kinds}")
+    for path in others:
+        _expect(not importer.detect(path, _head(path)), f"{importer.name} does not take {path} for its own")
+
+
+def _head(path: Path) -> str:
+    return path.read_bytes()[: 64 * 1024].decode("utf-8-sig", errors="replace")
+
+
+def _without_time(entries: Iterable[Episode | Refusal]) -> list[Episode | Refusal]:
+    return [_created(entry, 0) if isinstance(entry, Episode) else entry for entry in entries]
 
 
 # --- stores -----------------------------------------------------------------------------------------------------------------
