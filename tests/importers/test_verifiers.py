@@ -76,6 +76,12 @@ def test_rollouts_of_one_example_are_one_task_and_examples_of_other_environments
     assert tasks["nobody judged"].startswith("4-")
 
 
+def test_a_right_answer_that_is_a_number_is_not_taken_for_a_judgement(fixtures, write):
+    row = json.loads((fixtures / "verifiers" / "results.jsonl").read_text().splitlines()[1])
+    (episode,) = read(write(json.dumps({**row, "answer": 60})))
+    assert "answer" not in episode.model_dump_json()
+
+
 def test_an_empty_completion_that_was_paid_is_refused(fixtures):
     refusal = read(fixtures / "verifiers" / "refused.jsonl")[0]
     assert isinstance(refusal, Refusal)
