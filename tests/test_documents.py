@@ -59,6 +59,23 @@ def test_every_refusal_code_of_build_and_train_is_documented() -> None:
     assert {code for code in codes if f"`{code}`" not in text} == set()
 
 
+def test_every_format_tag_and_refusal_code_of_ingest_is_documented() -> None:
+    text = (ROOT / "docs" / "formats.md").read_text()
+    sources = [path.read_text() for path in (ROOT / "src/loraloop/importers").glob("*.py")]
+    codes = {code for source in sources for code in re.findall(r'(?:EntryRefused\(|reason=)"(\w+)"', source)}
+    tags = {
+        "padded_keys_removed",
+        "decoded_arguments",
+        "invented_observations",
+        "demonstration",
+        "score_scale",
+        "ignored_keys",
+        "outcome_from",
+    }
+    assert len(codes) >= 15
+    assert {name for name in codes | tags | set(list_names("importers")) if f"`{name}`" not in text} == set()
+
+
 def test_every_plugin_that_is_listed_loads() -> None:
     from loraloop.plugins import find
 
