@@ -33,6 +33,7 @@ def check_store(open_store: Callable[[], EpisodeStore]) -> None:
         _check_order,
         _check_append_again,
         _check_conflict,
+        _check_open,
         _check_append_many,
         _check_filters,
         _check_times,
@@ -109,6 +110,35 @@ def _check_conflict(store: EpisodeStore) -> None:
         with _expect_store_error(f"append() of another episode with the same id, by {change}", naming=first.id):
             store.append(Episode.model_validate({**dict(first), **change}))
     expect(store.query() == [first], "a conflict leaves the store as it was")
+
+
+def _check_open(store: EpisodeStore) -> None:
+    """An open episode is continued and closed; a closed one never again."""
+    records = [ActionRecord(action=action, timestamp_ms=number, task_id="egg") for number, action in enumerate(("look", "boil", "done"))]
+    started = _created(make_episode(messages=(), records=records[:1], outcome=Unknown(), is_open=True), 5)
+    other = _created(make_episode(), 6)
+    store.append_many([started, other])
+    more = started.model_copy(update={"records": tuple(records[:2])})
+    whole = started.model_copy(update={"records": tuple(records), "outcome": Success(0.5), "is_open": False, "group_id": "g"})
+    expect(store.append(_created(more, 77)) is True, "append() of what continues an open episode gives True")
+    expect(store.query() == [more, other], "what continues an episode takes its place in the order")
+    expect(store.append(started) is False, "append() of an earlier state of an open episode gives False")
+    judged = more.model_copy(update={"outcome": Success(0.25)})
+    expect(store.append(judged) is True and store.append(more) is False, "what is known of an open episode is added, and not undone")
+    expect(store.get(started.id) == judged, "what is known of an open episode is added, and not undone")
+    with _expect_store_error("append() of another run with the id of an open episode", naming=started.id):
+        store.append(started.model_copy(update={"records": tuple(records[1:])}))
+    with _expect_store_error("append() of another task with the id of an open episode", naming=started.id):
+        store.append(whole.model_copy(update={"task_id": "ham"}))
+    expect(store.append_many([whole, more, whole]) == [True, False, False], "append_many() continues, too, and knows what it was given")
+    expect(store.query(EpisodeFilter(outcome="success", group_id="g")) == [whole], "filters find an episode as it is now")
+    expect(store.list_meta() == [whole.to_dto(), other.to_dto()] and store.count() == 2, "an episode that was continued is still one")
+    with _expect_store_error("append() of what continues a closed episode", naming=started.id):
+        store.append(whole.model_copy(update={"records": (*records, records[0])}))
+    talk = make_episode(is_open=True, outcome=Unknown())
+    longer = talk.model_copy(update={"messages": (*talk.messages, *talk.messages[1:]), "is_open": False})
+    expect(store.append_many([talk, longer]) == [True, True], "an open episode of messages is continued by more messages")
+    expect(store.get(talk.id) == longer, "an episode can begin and be continued in one batch")
 
 
 def _check_append_many(store: EpisodeStore) -> None:
