@@ -94,6 +94,12 @@ def test_a_learn_model_hands_its_settings_to_the_rules(method):
     assert compose(method, None, settings).outcomes == OutcomeSettings(min_score=1.5, score_range=(0.0, 2.0))
 
 
+def test_every_learn_model_of_sft_takes_the_settings_that_all_share():
+    for name in ("conversation", "worker_task", "worker_decision", "dependency_graph"):
+        settings = {"min_score": 0.5, "include_timeouts": True, "score_range": (0, 2)}
+        assert compose("sft", name, settings).outcomes == OutcomeSettings(**settings)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
