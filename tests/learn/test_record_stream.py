@@ -12,6 +12,7 @@ from loraloop.episode import (
     ActionRecord,
     DependencyGraphRecord,
     Episode,
+    EpisodeId,
     EpisodeMetadata,
     Failure,
     LlmCallRecord,
@@ -84,10 +85,16 @@ def test_open_episodes_of_another_learn_model_are_left_alone():
 def test_a_continued_episode_keeps_what_was_noted_on_it():
     learn = find("learn_models", "conversation")()
     (episode,) = learn.build_episodes([LlmCallRecord(messages=(ASK,), response=ANSWER, task_id="a")])
-    noted = episode.model_copy(update={"outcome": Success(0.5), "metadata": EpisodeMetadata(created_at=7, scenario="s", tags={"k": "v"})})
+    noted = episode.model_copy(
+        update={
+            "id": EpisodeId.parse("of-the-router"),
+            "outcome": Success(0.5),
+            "metadata": EpisodeMetadata(created_at=7, scenario="s", tags={"k": "v"}),
+        }
+    )
     more = LlmCallRecord(messages=(ASK, ANSWER, ASK), response=ANSWER, task_id="a")
     (continued,) = learn.build_episodes([more], [noted])
-    assert (continued.id, continued.is_open, continued.outcome, len(continued.records)) == (episode.id, True, Success(0.5), 2)
+    assert (continued.id, continued.is_open, continued.outcome, len(continued.records)) == ("of-the-router", True, Success(0.5), 2)
     assert (continued.metadata.created_at, continued.metadata.scenario, continued.metadata.tags) == (7, "s", {"k": "v"})
     assert len(continued.messages) == 4
 
