@@ -52,10 +52,11 @@ def test_the_readme_is_one_page_with_the_two_commands() -> None:
 
 def test_every_refusal_code_of_build_and_train_is_documented() -> None:
     text = (ROOT / "docs" / "concepts.md").read_text()
-    sources = [path for part in ("learn", "chat") for path in (ROOT / "src/loraloop" / part).glob("*.py")]
+    sources = [path for part in ("learn", "chat", "dataset") for path in (ROOT / "src/loraloop" / part).glob("*.py")]
     found = r'(?:reason=|(?:Fault|NoPair|LeftOut)\(|refuse\(\w+(?:\.\w+)?(?:\[0\])?, )"(\w+)"'
     codes = {code for path in sources for code in re.findall(found, path.read_text())}
-    assert len(codes) >= 25
+    codes |= {code for path in sources for code in re.findall(r'\("((?:near_)?duplicate|cap_\w+)"', path.read_text())}
+    assert len(codes) >= 32
     assert {code for code in codes if f"`{code}`" not in text} == set()
 
 
