@@ -184,7 +184,7 @@ def _open_engine(model: Any, rows: Sequence[Row], point: Point) -> tuple[Callabl
     from loraloop.train.arithmetic import choose_arithmetic
     from loraloop.train.dense import DenseEngine
     from loraloop.train.engine import TreeEngine
-    from loraloop.train.memory import make_plan
+    from loraloop.train.memory import Load, make_plan
 
     model.train()
     if point.engine == "dense":
@@ -192,7 +192,7 @@ def _open_engine(model: Any, rows: Sequence[Row], point: Point) -> tuple[Callabl
         return dense.backward, f"micro-batches of at most {DENSE_BATCH} rows"
     architecture = read_architecture(model)
     arithmetic, _ = choose_arithmetic(architecture.dtype)
-    plan, words = make_plan(architecture, rows, len(rows), None)
+    plan, words = make_plan(architecture, Load.of([rows], 1), None)
     if point.block_rows is not None:  # takes memory for what this tree needs, so that the comparison is of that and not of plans
         plan = replace(plan, block_rows=point.block_rows, path_rows=0)
         words = f"blocks of {plan.block_rows} tokens, keeping {plan.keep.name}"

@@ -14,7 +14,7 @@ from loraloop.train.architecture import read_architecture
 from loraloop.train.arithmetic import choose_arithmetic
 from loraloop.train.dense import DenseEngine
 from loraloop.train.engine import TreeEngine
-from loraloop.train.memory import make_plan
+from loraloop.train.memory import Load, make_plan
 
 Step = Callable[[Sequence[Row]], float]
 """Adds the gradient of the window's mean loss to the adapter's and gives that loss."""
@@ -58,7 +58,7 @@ def _open_step(engine: str, model: Any, rows: Sequence[Row], batch_size: int) ->
     if engine == "dense":
         return DenseEngine(model, batch_size).backward
     architecture = read_architecture(model)
-    plan, words = make_plan(architecture, rows, len(rows), None)
+    plan, words = make_plan(architecture, Load.of([rows], 1), None)
     arithmetic, why_not = choose_arithmetic(architecture.dtype, architecture.head_sizes)
     sys.stderr.write(f"tree: {arithmetic.name}{f' ({why_not})' if why_not else ''}, {words}\n")
     return TreeEngine(architecture, plan, arithmetic).backward

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Literal
 
 from loraloop.chat.render import Row
+from loraloop.chat.rows import build_units
 from loraloop.chat.template import ChatTemplate
 from loraloop.episode import Frozen
 from loraloop.files import write_atomic
-from loraloop.train.data import build_rows
 from loraloop.training_data import TrainingData
 
 Shape = Literal["calls", "episodes", "pairs-sft", "control"]
@@ -170,7 +170,7 @@ def _control(samples: Sequence[tuple[str, TrainingData]], template: ChatTemplate
 
 def _fitting(sample: TrainingData, template: ChatTemplate, sizes: Sizes, left_out: Counter[str]) -> list[BenchRow]:
     """The row of a sample in a list, or nothing, counted, when it is too long or the template cannot keep it in one piece."""
-    built = build_rows([sample], template, NO_LIMIT)
+    built = build_units([sample], template, NO_LIMIT)
     if len(built.rows) > 1 or built.refusals:
         left_out["not_one_row"] += 1
         return []

@@ -18,7 +18,7 @@ from loraloop.episode import Episode, Frozen
 from loraloop.errors import DatasetError, EmptyData
 from loraloop.files import content_hash, file_sha256, json_line, new_directory, read_jsonl, write_json, write_jsonl
 from loraloop.plugins import LearnModel
-from loraloop.training_data import Refusal, TrainingData, split_by_task
+from loraloop.training_data import Method, Refusal, TrainingData, split_by_task
 
 MANIFEST_FILE = "manifest.json"
 TRAIN_FILE = "train.jsonl"
@@ -31,7 +31,7 @@ class DatasetManifest(Frozen):
 
     schema_version: int = 1
     id: str
-    method: str
+    method: Method
     learn_model: str
     episodes: int
     """Episodes looked at."""
@@ -97,7 +97,7 @@ def freeze(
             write_jsonl(folder / name, rows)
         manifest = DatasetManifest(
             id=dataset_id,
-            method="sft",
+            method=learn_model.method,
             learn_model=learn_model.name,
             episodes=n_episodes,
             samples=len(training),

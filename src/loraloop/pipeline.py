@@ -14,14 +14,16 @@ import asyncio
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from loraloop.chat.rows import ACCEPTED
 from loraloop.dataset import Dataset, freeze
 from loraloop.episode import EpisodeFilter
-from loraloop.errors import ImportFailed
+from loraloop.errors import ImportFailed, SettingsError
 from loraloop.importers.ingest import IngestReport, ingest_file, iter_files, refuse_file
 from loraloop.lora.config import LoraTrainerConfig, TrainOptions
 from loraloop.lora.model import TrainedModel
 from loraloop.lora.trainer import LoraTrainer, OnEvent, Samples, run_in_plain_thread
 from loraloop.plugins import EpisodeStore, LearnModel
+from loraloop.training_data import Method
 
 
 def ingest(
@@ -64,11 +66,21 @@ def train(
     config: LoraTrainerConfig,
     options: TrainOptions | None = None,
     on_event: OnEvent | None = None,
+    *,
+    method: Method | None = None,
 ) -> TrainedModel:
-    """Train an adapter on `dataset` and record it. Raises LoraTrainerError and its kinds."""
-    samples = Samples(dataset.load_training(), dataset.load_held_out(), dict(dataset.manifest.refused), dataset.id)
+    """Train an adapter on `dataset` and record it; by the method that it was built for unless told otherwise.
+
+    Raises SettingsError for a dataset that the method does not train, LoraTrainerError and its kinds.
+    """
+    manifest = dataset.manifest
+    trained_by = method or manifest.method
+    if manifest.method not in ACCEPTED[trained_by]:
+        raise SettingsError(
+            f"dataset {dataset.id} is for {manifest.method}, which {trained_by} does not train; make one with `loraloop build --method "
+            f"{trained_by}`"
+        )
+    samples = Samples(dataset.load_training(), dataset.load_held_out(), dict(manifest.refused), dataset.id, trained_by)
     trainer = LoraTrainer(config, store, options)
-    model: TrainedModel = run_in_plain_thread(
-        lambda: asyncio.run(trainer.train_samples(samples, dataset.manifest.learn_model, on_event=on_event))
-    )
+    model: TrainedModel = run_in_plain_thread(lambda: asyncio.run(trainer.train_samples(samples, manifest.learn_model, on_event=on_event)))
     return model

@@ -109,7 +109,11 @@ class GroupLearnModel(LearnModel, Protocol):
 def convert_all(learn_model: LearnModel, episodes: Iterable[Episode]) -> Iterator[TrainingData | Refusal]:
     """What `learn_model` makes of `episodes`; of groups, in the order of their keys, so that the order of `episodes` tells nothing."""
     if not isinstance(learn_model, GroupLearnModel):
-        yield from map(learn_model.convert, episodes)
+        for episode in episodes:
+            converted = learn_model.convert(episode)
+            if isinstance(converted, TrainingData) and converted.episode_id is None:
+                converted = converted.with_episode_id(episode.id)
+            yield converted
         return
     groups: dict[str, list[Episode]] = {}
     for episode in episodes:

@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Self
 
 from loraloop import pipeline
+from loraloop.chat.rows import ACCEPTED
 from loraloop.dataset import Dataset, list_datasets, list_folders, open_dataset
 from loraloop.episode import CONVERSATION, EpisodeFilter
 from loraloop.errors import DatasetError, StoreError
@@ -22,6 +23,7 @@ from loraloop.lora.registry import LoraModelRegistry
 from loraloop.lora.trainer import OnEvent
 from loraloop.plugins import LearnModel, find
 from loraloop.store.sql import SqlEpisodeStore
+from loraloop.training_data import Method
 
 
 class Project:
@@ -72,12 +74,14 @@ class Project:
         config: LoraTrainerConfig,
         *,
         dataset: str | None = None,
+        method: Method | None = None,
         options: TrainOptions | None = None,
         on_event: OnEvent | None = None,
     ) -> TrainedModel:
-        """Train on the dataset with this id, the newest without one. Data, log and adapter go into this project."""
+        """Train on the dataset with this id, without one the newest that `method` trains. All files go into this project."""
         config = config.replace(output_dir=self.directory / "models", data_dir=self.directory / "runs")
-        return pipeline.train(self.store, self.get_dataset(dataset), config, options, on_event)
+        chosen = self.get_dataset(dataset) if dataset is not None or method is None else self._get_newest(method)
+        return pipeline.train(self.store, chosen, config, options, on_event, method=method)
 
     def list_datasets(self) -> list[Dataset]:
         """The datasets, the one that was built last at the end. Raises DatasetError when one is damaged."""
@@ -95,6 +99,14 @@ class Project:
             known = ", ".join(folder.name for folder in folders[-5:]) or "none; make one with `loraloop build`"
             raise DatasetError(f"{len(found)} datasets begin with {dataset_id!r}; known: {known}")
         return open_dataset(found[0])
+
+    def _get_newest(self, method: Method) -> Dataset:
+        """The dataset that was built last among those that `method` trains. Raises DatasetError."""
+        for folder in reversed(list_folders(self.directory / "datasets")):
+            dataset = open_dataset(folder)
+            if dataset.manifest.method in ACCEPTED[method]:
+                return dataset
+        raise DatasetError(f"no dataset in {self.directory} for {method}; make one with `loraloop build --method {method}`")
 
     def list_models(self) -> list[TrainedModel]:
         """The trained models, oldest first."""

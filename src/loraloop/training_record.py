@@ -11,6 +11,7 @@ from typing import Literal
 from pydantic import ConfigDict, Field
 
 from loraloop.episode import Frozen
+from loraloop.training_data import Method
 
 RECORD_FILE = "training_record.json"
 
@@ -33,6 +34,13 @@ class DataReport(Frozen):
     calls_rendered: int
     refused: dict[str, int] = Field(default_factory=dict)
     tools_rendered_by: Literal["template", "fallback", "none"] = "none"
+    windowed: int = 0
+    """Samples that were too long and became windows."""
+    elided: int = 0
+    """Samples of which tool outputs were cut in the middle to make them fit."""
+    characters_elided: int = 0
+    prefix_broken: int = 0
+    """Samples that became several rows because the template renders earlier turns otherwise once later ones are there."""
 
 
 class TrainingEvent(Frozen):
@@ -40,8 +48,9 @@ class TrainingEvent(Frozen):
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
-    event: Literal["note", "warning", "data", "held_out", "step", "saved", "empty"]
-    """`empty` says, before the process fails, that it has nothing to train on, and `refused` why."""
+    event: Literal["note", "warning", "data", "reference", "held_out", "step", "saved", "empty"]
+    """`empty` says, before the process fails, that it has nothing to train on, and `refused` why; `reference` counts in `step` and
+    `steps` the rows that the base model has measured."""
     message: str | None = None
     refused: dict[str, int] | None = None
     data: DataReport | None = None
@@ -49,6 +58,10 @@ class TrainingEvent(Frozen):
     steps: int | None = None
     epoch: int | None = None
     loss: float | None = None
+    accuracy: float | None = None
+    """dpo and kto: the share of pairs or samples that the model is right about."""
+    margin: float | None = None
+    """dpo and kto: how much better its reward of what is better is."""
     learning_rate: float | None = None
     tokens_per_s: float | None = None
     eta_s: float | None = None
@@ -74,6 +87,7 @@ class TrainingRecord(Frozen):
     base_source: str
     data_sha256: str
     held_out_sha256: str | None
+    method: Method = "sft"
     settings: dict[str, str | int | float | bool | None]
     seed: int
     dtype: str
@@ -90,6 +104,9 @@ class TrainingRecord(Frozen):
     """Mean loss of the last tenth of the steps."""
     held_out_loss_before: float | None
     held_out_loss_after: float | None
+    held_out_accuracy_before: float | None = None
+    """dpo and kto: the share of held-out pairs or samples that the model is right about; before training it prefers nothing."""
+    held_out_accuracy_after: float | None = None
     held_out_rows: int
     loss_history: list[tuple[int, float]]
     """(step, loss) for every step."""

@@ -10,13 +10,14 @@ import pytest
 import tiny
 
 from loraloop.base_model import load_tokenizer, resolve_base
-from loraloop.chat.render import render
+from loraloop.chat.rows import build_units
 from loraloop.chat.template import ChatTemplate
 from loraloop.episode import Message
 from loraloop.errors import EvaluationError
 from loraloop.evaluate.rollout import Player, PlayLimits, last_line, load_player, play, stop_token_ids
 from loraloop.train import loop
 from loraloop.train.dense import DenseEngine
+from loraloop.train.objectives import Likelihood
 from loraloop.training_data import TrainingData
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
@@ -109,13 +110,13 @@ def test_a_model_that_learned_to_stop_stops(tmp_path: Path) -> None:
         Message(role=role, content=text)  # type: ignore[arg-type]
         for role, text in (("user", "task x 1"), ("assistant", "ok"), ("user", "2 letters, y"), ("assistant", "ok"))
     )
-    rows, _ = render(ChatTemplate(load_tokenizer(base)), TrainingData(messages=messages), 512)
+    units = build_units([TrainingData(messages=messages)], ChatTemplate(load_tokenizer(base)), 512).units
     for parameter in player.model.parameters():
         parameter.requires_grad_(requires_grad=True)
     settings = loop.LoopSettings(
         epochs=60, batch_size=1, gradient_accumulation=1, learning_rate=1e-2, warmup_ratio=0.1, max_grad_norm=1.0, max_steps=None, seed=0
     )
-    history = loop.train(player.model, DenseEngine(player.model, batch_size=1), rows, settings, lambda event: None)
+    history = loop.train(loop.Run(player.model, DenseEngine(player.model, batch_size=1), Likelihood()), units, settings, lambda event: None)
     assert history.losses[-1][1] < 0.05
     player.model.eval()
     torch.manual_seed(0)

@@ -127,10 +127,18 @@ def test_config_is_hashable_and_survives_pickling() -> None:
 
 
 def test_options_become_arguments_of_our_own_process() -> None:
-    assert TrainOptions().to_argv() == ["--seed", "0", "--dtype", "auto", "--engine", "tree"]
+    assert TrainOptions().to_argv() == "--seed 0 --dtype auto --engine tree --long window --method sft".split()
     options = TrainOptions(seed=7, dtype="bfloat16", max_steps=20, engine="dense", max_memory=10, verify=True)
-    own = ["--seed", "7", "--dtype", "bfloat16", "--engine", "dense", "--max-steps", "20", "--max-memory", "10", "--verify"]
-    assert options.to_argv() == own
+    own = "--seed 7 --dtype bfloat16 --engine dense --long window --method sft --max-steps 20 --max-memory 10 --verify"
+    assert options.to_argv() == own.split()
+
+
+def test_a_method_is_told_what_it_asks_for() -> None:
+    options = TrainOptions(long="elide", beta=0.25, loss="ipo", desirable_weight=2.0, undesirable_weight=3.0)
+    begin = "--seed 0 --dtype auto --engine tree --long elide --method"
+    assert options.to_argv("weighted") == f"{begin} weighted".split()
+    assert options.to_argv("dpo") == f"{begin} dpo --beta 0.25 --loss ipo".split()
+    assert options.to_argv("kto") == f"{begin} kto --beta 0.25 --desirable-weight 2.0 --undesirable-weight 3.0".split()
 
 
 @pytest.mark.parametrize(
@@ -146,6 +154,12 @@ def test_options_become_arguments_of_our_own_process() -> None:
         ("max_steps", math.inf, "a whole number >= 1"),
         ("max_memory", 0, "a whole number >= 1"),
         ("engine", "sparse", "tree or dense"),
+        ("long", "cut", "window, elide, refuse"),
+        ("loss", "hinge", "sigmoid or ipo"),
+        ("beta", 0, "a finite number > 0"),
+        ("beta", math.inf, "a finite number > 0"),
+        ("desirable_weight", -1, "a finite number > 0"),
+        ("undesirable_weight", 0, "a finite number > 0"),
         ("held_out_fraction", 1, "a finite number >= 0 and < 1"),
         ("held_out_fraction", -0.1, "a finite number >= 0 and < 1"),
         ("held_out_fraction", math.nan, "a finite number >= 0 and < 1"),

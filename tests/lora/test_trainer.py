@@ -117,7 +117,8 @@ def test_own_process_is_given_the_contract_then_the_options(make_trainer: MakeTr
     call = json.loads((model.adapter_path / "adapter_config.json").read_text())
     held_out = tmp_path / "data" / model.id / "held_out.jsonl"
     assert call[:4] == ["-m", "loraloop.train", "--data", str(held_out.with_name("train.jsonl"))]
-    assert call[24:] == ["--seed", "3", "--dtype", "float32", "--engine", "tree", "--max-steps", "7", "--held-out", str(held_out)]
+    own = "--seed 3 --dtype float32 --engine tree --long window --method sft --max-steps 7 --held-out"
+    assert call[24:] == [*own.split(), str(held_out)]
     kept = [json.loads(line)["episode_id"] for line in held_out.read_text().splitlines()]
     assert kept
     assert sorted([*kept, *model.episode_ids]) == [episode_id(n) for n in range(10)]

@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers
 from tiny import make_config
-from train.tree_cases import SHAPES, VOCABULARY
+from train.tree_cases import SHAPES, VOCABULARY, units_of
 from train.tree_models import CONFIGS, NAMES, make_arguments, make_twins, twins
 
 from loraloop.train import loop
@@ -21,9 +21,12 @@ from loraloop.train.architecture import find_obstacle, read_architecture
 from loraloop.train.choice import loop_settings, open_engine
 from loraloop.train.dense import DenseEngine
 from loraloop.train.engine import TreeEngine
+from loraloop.train.memory import Load
+from loraloop.train.objectives import Likelihood
 from loraloop.training_record import TrainingEvent
 
 ROWS = SHAPES["branches of branches"]
+LOAD = Load.of([[row] for row in ROWS], len(ROWS))
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
 
 
@@ -91,13 +94,13 @@ def test_what_has_no_proven_path_trains_on_the_dense_engine_with_a_warning_that_
     make, reason = OBSTACLES[name]
     model, heard = make(), []
     arguments = make_arguments(lr=0.01, max_steps=2)
-    engine = open_engine(model, ROWS, arguments, heard.append)
+    engine = open_engine(model, LOAD, arguments, heard.append)
     assert isinstance(engine, DenseEngine)
     (warning,) = [event.message for event in heard if event.event == "warning"]
     assert warning.startswith("every sample is computed by itself (dense engine): ")
     assert find_obstacle(model) in warning
     assert re.search(reason, warning), warning
-    losses = loop.train(model, engine, ROWS, loop_settings(arguments), heard.append).losses
+    losses = loop.train(loop.Run(model, engine, Likelihood()), units_of(ROWS), loop_settings(arguments), heard.append).losses
     assert losses[1][1] < losses[0][1]
 
 
@@ -109,19 +112,19 @@ def test_an_adapter_that_is_not_at_work_is_not_read(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_proven_architectures_get_the_tree_engine_unless_the_dense_one_is_asked_for(name: str) -> None:
     heard: list[TrainingEvent] = []
-    engine = open_engine(copy.deepcopy(twins(name).plain), ROWS, make_arguments(), heard.append)
+    engine = open_engine(copy.deepcopy(twins(name).plain), LOAD, make_arguments(), heard.append)
     assert isinstance(engine, TreeEngine)
     assert [event.event for event in heard] == ["note"]
     assert str(heard[0].message).startswith("tree engine, kernels: torch (the native kernels are for bfloat16); blocks of ")
-    assert isinstance(open_engine(copy.deepcopy(twins(name).plain), ROWS, make_arguments(engine="dense"), heard.append), DenseEngine)
+    assert isinstance(open_engine(copy.deepcopy(twins(name).plain), LOAD, make_arguments(engine="dense"), heard.append), DenseEngine)
 
 
 def test_bfloat16_models_with_heads_that_the_native_kernels_cannot_do_train_in_torch() -> None:
     both, heard = make_twins(tiny("llama", head_dim=24), torch.bfloat16), []
     arguments = make_arguments(lr=0.01, max_steps=2)
-    engine = open_engine(both.fused, ROWS, arguments, heard.append)
+    engine = open_engine(both.fused, LOAD, arguments, heard.append)
     assert "kernels: torch (the native kernels are not for heads of 24 values)" in str(heard[0].message)
-    losses = loop.train(both.fused, engine, ROWS, loop_settings(arguments), lambda _: None).losses
+    losses = loop.train(loop.Run(both.fused, engine, Likelihood()), units_of(ROWS), loop_settings(arguments), lambda _: None).losses
     assert losses[1][1] < losses[0][1]
 
 
@@ -134,7 +137,7 @@ def read(request: pytest.FixtureRequest) -> tuple[Any, Any]:
     both = make_twins(CONFIGS[request.param](), torch.float32)
     model = both.fused
     arguments = make_arguments(lr=0.01, max_steps=3)
-    loop.train(model, both.engine(), ROWS, loop_settings(arguments), lambda _: None)
+    loop.train(loop.Run(model, both.engine(), Likelihood()), units_of(ROWS), loop_settings(arguments), lambda _: None)
     return both.plain, model.eval()
 
 

@@ -95,6 +95,12 @@ def test_every_setting_can_be_given(needed: list[str], tmp_path: Path) -> None:
         "--engine=dense",
         "--max-memory=1",
         "--verify",
+        "--long=elide",
+        "--method=kto",
+        "--beta=0.2",
+        "--loss=ipo",
+        "--desirable-weight=2",
+        "--undesirable-weight=3",
     ]
     arguments = parse_arguments([*needed, *given, *own])
     default = parse_arguments(needed)

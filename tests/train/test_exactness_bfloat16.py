@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tiny import make_config
@@ -21,7 +22,7 @@ def _sure_head(sureness: float) -> tuple[torch.Tensor, torch.Tensor, Targets]:
     """(hidden, head, targets): each of the rows gives its targets a logit that is `sureness` above the others."""
     rows = [make_row([1, 2, 3, 4, 5]), make_row([1, 2, 3, 4, 5]), make_row([1, 2, 3, 6])]
     tree = build_tree(rows)
-    targets = Targets.of(tree, list_visits(tree, 100)[0].block)
+    targets = Targets.of(tree, list_visits(tree, 100)[0].block, np.full(3, 0.1))
     hidden = torch.zeros(len(targets.rows), 32, dtype=torch.bfloat16)
     hidden[targets.of_row, targets.tokens] = sureness
     head = torch.randn(VOCABULARY, 32, generator=torch.Generator().manual_seed(0)).mul(0.05)
@@ -36,10 +37,10 @@ def test_gradient_of_a_sure_prediction_is_rounded_once(sureness: float, arithmet
     chosen = TorchArithmetic() if arithmetic == "torch" else choose_arithmetic(torch.bfloat16)[0]
     hidden, head, targets = _sure_head(sureness)
     logits = torch.mm(hidden, head.t())
-    p = torch.softmax(logits.double(), -1) * targets.row_weights.unsqueeze(-1)
-    p.index_put_((targets.of_row, targets.tokens), -targets.weights, accumulate=True)
-    expected = 0.1 * p @ head.double()
-    _, found = head_loss(hidden, targets, head, 0.1, chosen)
+    p = torch.softmax(logits.double(), -1) * targets.row_pulls.unsqueeze(-1)
+    p.index_put_((targets.of_row, targets.tokens), -targets.pulls, accumulate=True)
+    expected = p @ head.double()
+    found = head_loss(hidden, targets, head, torch.zeros(3, dtype=torch.float64), chosen)
     assert found is not None
     assert float((found.double() - expected).norm() / expected.norm()) < 0.01
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from tiny import make_config
-from train.tree_cases import random_rows
+from train.tree_cases import random_rows, units_of
 from train.tree_models import CONVOLUTIONS, compute_norms_in_float64, make_twins, plain_gradient
 
 from loraloop.chat.render import Row
@@ -23,6 +23,7 @@ from loraloop.train.arithmetic import TorchArithmetic, choose_arithmetic
 from loraloop.train.buffers import Keep
 from loraloop.train.dense import DenseEngine
 from loraloop.train.engine import Plan, TreeEngine
+from loraloop.train.objectives import Engine, Likelihood
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -53,11 +54,11 @@ def test_bfloat16_is_no_farther_from_float64_than_peft_itself(name: str) -> None
 # --- whole trainings --------------------------------------------------------------------------------------------------------
 
 
-def train(base: Any, rows: list[Row], engine: Callable[[Any], loop.Engine], steps: int) -> tuple[torch.Tensor, list[float]]:
+def train(base: Any, rows: list[Row], engine: Callable[[Any], Engine], steps: int) -> tuple[torch.Tensor, list[float]]:
     """The adapter after `steps` steps of AdamW, as one vector, and the losses."""
     model = loop.new_adapter(copy.deepcopy(base), 4, 8.0, 0.0, 3)
     settings = loop.LoopSettings(steps, len(rows), 1, 1e-3, 0.1, 1.0, steps, 3)
-    history = loop.train(model, engine(model), rows, settings, lambda _: None)
+    history = loop.train(loop.Run(model, engine(model), Likelihood()), units_of(rows), settings, lambda _: None)
     return torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad]), [loss for _, loss in history.losses]
 
 

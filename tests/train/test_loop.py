@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from train.tree_cases import units_of
 
 from loraloop.chat.render import Row
 from loraloop.errors import LoraTrainerError
@@ -18,6 +19,7 @@ from loraloop.train import dense, loop
 from loraloop.train.architecture import has_plain_head
 from loraloop.train.dense import DenseEngine
 from loraloop.train.loop import LoopSettings
+from loraloop.train.objectives import Likelihood
 from loraloop.training_record import TrainingEvent
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")
@@ -71,7 +73,12 @@ def gradient(model: Any, work: Callable[[], object]) -> Any:
 
 
 def run(model: Any, rows: list[Row], settings: LoopSettings, emit: Callable[[TrainingEvent], None]) -> list[tuple[int, float]]:
-    return loop.train(model, DenseEngine(model, settings.batch_size), rows, settings, emit).losses
+    engine = DenseEngine(model, settings.batch_size)
+    return loop.train(loop.Run(model, engine, Likelihood()), units_of(rows), settings, emit).losses
+
+
+def mean_loss(engine: DenseEngine, rows: list[Row]) -> float:
+    return Likelihood().measure(engine, units_of(rows)).loss
 
 
 def relative(found: Any, expected: Any) -> float:
@@ -165,8 +172,8 @@ def test_padding_on_the_right_changes_no_row(load: Loader, architecture: str) ->
     model, (short, long) = load(architecture).eval(), make_rows((9, 40))
     silent = Row(ids=long.ids, weights=[0.0] * len(long.ids), text="")
     with torch.no_grad():
-        alone = float(dense._summed_loss(model, [short])[0])
-        padded = float(dense._summed_loss(model, [short, silent])[0])
+        alone = float(dense._losses(model, [short])[0])
+        padded = float(dense._losses(model, [short, silent])[0])
         assert padded == pytest.approx(alone, rel=1e-12)
         assert alone == pytest.approx(float(plain_loss(model, short)), rel=1e-12)
 
@@ -179,7 +186,7 @@ def test_loss_is_the_weighted_mean_over_supervised_tokens(load: Loader) -> None:
         summed = sum(float(plain_loss(model, row)) for row in rows)
     mean = summed / sum(sum(row.weights[1:]) for row in rows)
     for batch_size in (1, 4):
-        assert loop.mean_loss(DenseEngine(model, batch_size), rows) == pytest.approx(mean, rel=1e-12)
+        assert mean_loss(DenseEngine(model, batch_size), rows) == pytest.approx(mean, rel=1e-12)
     model.train()
     assert DenseEngine(model, 2).backward(rows) == pytest.approx(mean, rel=1e-12)
 
@@ -220,13 +227,13 @@ def test_measuring_uses_no_dropout_and_leaves_the_mode_as_it_was(load: Loader) -
     rows = make_rows()
     model = load(dropout=0.5)
     assert (
-        loop.mean_loss(DenseEngine(model, 2), rows)
-        == loop.mean_loss(DenseEngine(model, 2), rows)
-        == pytest.approx(loop.mean_loss(DenseEngine(load(), 2), rows), rel=1e-12)
+        mean_loss(DenseEngine(model, 2), rows)
+        == mean_loss(DenseEngine(model, 2), rows)
+        == pytest.approx(mean_loss(DenseEngine(load(), 2), rows), rel=1e-12)
     )
     assert model.training
     model.eval()
-    loop.mean_loss(DenseEngine(model, 2), rows)
+    mean_loss(DenseEngine(model, 2), rows)
     assert not model.training
 
 
@@ -257,9 +264,9 @@ def test_first_weights_of_the_adapter_follow_from_the_seed(load: Loader) -> None
 
 def test_a_fresh_adapter_changes_nothing(load: Loader) -> None:
     model, rows = load(fresh=True).eval(), make_rows()
-    before = loop.mean_loss(DenseEngine(model, 2), rows)
+    before = mean_loss(DenseEngine(model, 2), rows)
     with model.disable_adapter():
-        assert loop.mean_loss(DenseEngine(model, 2), rows) == before
+        assert mean_loss(DenseEngine(model, 2), rows) == before
 
 
 # --- the loop ---------------------------------------------------------------------------------------------------------------
@@ -272,7 +279,7 @@ def test_training_lowers_the_loss_of_what_is_trained_and_leaves_the_base_alone(l
     history = run(model, rows, make_settings(epochs=15), heard.append)
     assert [step for step, _ in history] == list(range(1, 16))
     assert history[-1][1] < history[0][1] - 0.3
-    assert loop.mean_loss(DenseEngine(model, 2), rows) < history[0][1] - 0.3
+    assert mean_loss(DenseEngine(model, 2), rows) < history[0][1] - 0.3
     assert all(bool((parameter == base[name]).all()) for name, parameter in model.named_parameters() if name in base)
     assert [(event.event, event.step, event.steps, event.loss) for event in heard] == [("step", step, 15, loss) for step, loss in history]
     assert [event.epoch for event in heard] == list(range(15))
@@ -392,7 +399,7 @@ def test_rate_rises_to_its_peak_then_falls_on_a_cosine_and_never_reaches_zero() 
 
 def test_micro_batches_hold_like_lengths_within_both_limits() -> None:
     rows = make_rows((*random.Random(0).choices(range(6, 3000), k=40), 9000))
-    batches = list(dense.micro_batches(rows, 3))
+    batches = [[rows[number] for number in batch] for batch in dense.micro_batches(rows, 3)]
     assert sorted(id(row) for batch in batches for row in batch) == sorted(id(row) for row in rows)
     for batch in batches:
         assert len(batch) <= 3

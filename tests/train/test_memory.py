@@ -20,7 +20,7 @@ from loraloop.errors import LoraTrainerError
 from loraloop.train.arithmetic import choose_arithmetic
 from loraloop.train.buffers import Keep
 from loraloop.train.engine import Plan
-from loraloop.train.memory import estimate, free_bytes, make_plan, resident_bytes
+from loraloop.train.memory import Load, estimate, free_bytes, make_plan, resident_bytes
 
 WIDE = {"hidden_size": 128, "intermediate_size": 1024, "num_hidden_layers": 4}
 MB = 1 << 20
@@ -44,12 +44,12 @@ def rows(n_rows: int, length: int, shared: int = 0) -> list[Row]:
 
 
 def test_as_the_limit_falls_less_is_kept_in_smaller_blocks_until_nothing_fits(both: Twins) -> None:
-    long, plans = rows(4, 3000), []
-    most = estimate(both.architecture, make_plan(both.architecture, long, 4, 1 << 50)[0], 3000, 12_000).total
+    plans = []
+    most = estimate(both.architecture, make_plan(both.architecture, Load(3000, 12_000), 1 << 50)[0], 3000, 12_000).total
     for share in range(20, 0, -1):
         limit = resident_bytes() + most * share // 20
         try:
-            plan, words = make_plan(both.architecture, long, 4, limit)
+            plan, words = make_plan(both.architecture, Load(3000, 12_000), limit)
         except LoraTrainerError:
             break
         plans.append(plan)
@@ -66,14 +66,14 @@ def test_as_the_limit_falls_less_is_kept_in_smaller_blocks_until_nothing_fits(bo
 
 
 def test_without_a_limit_four_fifths_of_what_is_free_are_used(both: Twins) -> None:
-    words = make_plan(both.architecture, rows(1, 50), 1, None)[1]
+    words = make_plan(both.architecture, Load(50, 50), None)[1]
     limit = int(re.search(r"of (\d+) MB", words).group(1)) * MB
     assert limit == pytest.approx(resident_bytes() + 0.8 * free_bytes(), rel=0.1)
 
 
 def test_a_row_that_cannot_fit_is_refused_with_the_numbers(both: Twins) -> None:
     with pytest.raises(LoraTrainerError) as caught:
-        make_plan(both.architecture, rows(1, 3000), 1, resident_bytes() + 20 * MB)
+        make_plan(both.architecture, Load(3000, 3000), resident_bytes() + 20 * MB)
     found = re.fullmatch(
         r"the longest row has 3000 tokens and needs (\d+) MB \((\d+) MB for the model, (\d+) MB for the row, (\d+) MB for a block of "
         r"\d+ tokens, (\d+) MB for the head\), and the limit is (\d+) MB; raise --max-memory, lower max_seq_length, or use a smaller base model",
@@ -191,8 +191,8 @@ def test_a_real_process_that_cannot_fit_says_so_and_leaves_nothing(training: Any
 
 
 def test_rows_that_are_measured_at_once_are_in_the_plan(both: Twins) -> None:
-    alone, _ = make_plan(both.architecture, rows(8, 60), 1, 1 << 50)
-    beside, words = make_plan(both.architecture, rows(8, 60), 1, 1 << 50, measured=rows(30, 100))
+    alone, _ = make_plan(both.architecture, Load.of([[row] for row in rows(8, 60)], 1), 1 << 50)
+    beside, words = make_plan(both.architecture, Load.of([[row] for row in rows(8, 60)], 1, rows(30, 100)), 1 << 50)
     assert alone.path_rows == 60
     assert beside.path_rows == 3000  # all of them are in one block
     assert words.endswith("for rows of up to 100 tokens")

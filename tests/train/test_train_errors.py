@@ -112,7 +112,7 @@ def test_the_lightest_and_the_heaviest_weights_that_are_trained_give_numbers(run
 
 
 def test_a_template_that_loses_tool_calls_is_refused_before_the_first_step(run: Any, base: Path, tmp_path: Path) -> None:
-    from test_data import LOSES_CALLS
+    from chat.test_rows import LOSES_CALLS
 
     model = copy_model(base, tmp_path / "losing")
     (model / "chat_template.jinja").write_text(LOSES_CALLS)

@@ -171,10 +171,14 @@ def test_the_targets_of_the_blocks_are_those_of_the_tree(rows: list[Row], max_ro
     tree = build_tree(rows)
     found: list[tuple[int, int, float]] = []
     for block, _ in forward_blocks(tree, max_rows):
-        targets = Targets.of(tree, block)
+        factors = np.arange(1.0, tree.n_samples + 1)
+        targets = Targets.of(tree, block, factors)
         at = targets.rows[targets.of_row] + block.start
         found += zip(at.tolist(), targets.tokens.tolist(), targets.weights.tolist(), strict=True)
-        assert targets.row_weights.tolist() == [float(targets.weights[targets.of_row == row].sum()) for row in range(len(targets.rows))]
+        assert targets.pulls.tolist() == (targets.weights.numpy() * factors[targets.samples.numpy()]).tolist()
+        sums = [float(targets.pulls[targets.of_row == row].sum()) for row in range(len(targets.rows))]
+        assert targets.row_pulls.tolist() == pytest.approx(sums)
+        assert Targets.of(tree, block, None).pulls is None
     assert found == list(zip(tree.target_rows.tolist(), tree.target_tokens.tolist(), tree.target_weights.tolist(), strict=True))
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from train.tree_cases import SHAPES, random_rows
+from train.tree_cases import SHAPES, random_rows, units_of
 from train.tree_models import CONFIGS, NAMES, Twins, make_arguments, make_twins
 
 from loraloop.errors import LoraTrainerError
@@ -28,7 +28,7 @@ ROWS = random_rows(1)
 
 def messages(both: Twins, dtype: torch.dtype = torch.float32, **changes: Any) -> list[str]:
     heard: list[TrainingEvent] = []
-    verify(both.fused, both.engine(arithmetic=choose_arithmetic(dtype)[0]), ROWS, make_arguments(**changes), heard.append)
+    verify(both.fused, both.engine(arithmetic=choose_arithmetic(dtype)[0]), units_of(ROWS), make_arguments(**changes), heard.append)
     assert {event.event for event in heard} == {"note"}
     return [str(event.message) for event in heard]
 
@@ -94,7 +94,7 @@ def test_what_is_not_a_number_is_stopped() -> None:
 
 def test_the_dense_engine_has_nothing_to_be_compared_with() -> None:
     both, heard = make_twins(CONFIGS["llama"](), torch.float32), []
-    verify(both.fused, DenseEngine(both.fused, 1), ROWS, make_arguments(), heard.append)
+    verify(both.fused, DenseEngine(both.fused, 1), units_of(ROWS), make_arguments(), heard.append)
     assert [event.message for event in heard] == ["nothing to verify: the dense engine is what the tree engine is compared with"]
 
 
@@ -119,5 +119,5 @@ def test_the_command_trains_after_it_verified_and_saves_nothing_when_it_did_not(
 def test_shapes_of_every_kind_pass() -> None:
     both, heard = make_twins(CONFIGS["lfm2"](), torch.float32), []
     for rows in SHAPES.values():
-        verify(both.fused, both.engine(), rows, make_arguments(), heard.append)
+        verify(both.fused, both.engine(), units_of(rows), make_arguments(), heard.append)
     assert len(heard) == len(SHAPES)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from hypothesis import strategies as st
 
 from loraloop.chat.render import Row
+from loraloop.chat.rows import Unit
 from loraloop.train.tree import Node, TokenTree
 
 VOCABULARY = 23
@@ -17,6 +18,14 @@ VOCABULARY = 23
 def make_row(ids: list[int], weights: list[float] | None = None) -> Row:
     """A sample in which every token is supervised, unless told otherwise."""
     return Row(ids=ids, weights=[1.0] * len(ids) if weights is None else weights, text="")
+
+
+def units_of(rows: list[Row]) -> list[Unit]:
+    """Each row as an sft sample."""
+    return [
+        Unit((row,), 1, sample_number=row.sample_number or number, episode_ids=(row.episode_id,) if row.episode_id else ())
+        for number, row in enumerate(rows, 1)
+    ]
 
 
 @st.composite

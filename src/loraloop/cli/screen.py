@@ -78,7 +78,18 @@ def describe_data(report: DataReport) -> list[str]:
         f"agent turns: {report.turns}, of which the stop token is trained: {report.stops_trained}",
         f"tool calls recorded: {report.calls_recorded}, rendered: {report.calls_rendered}{by}",
         f"left out: {by_reason(report.refused)}",
+        *_describe_length(report),
     ]
+
+
+def _describe_length(report: DataReport) -> list[str]:
+    """What was done to samples that are no single row; nothing when all are."""
+    told = [
+        f"{report.windowed} in windows" if report.windowed else "",
+        f"{report.elided} without {report.characters_elided:,} characters of tool outputs" if report.elided else "",
+        f"{report.prefix_broken} a row for each call, as the template changes earlier turns" if report.prefix_broken else "",
+    ]
+    return [f"not whole samples: {', '.join(part for part in told if part)}"] if any(told) else []
 
 
 class TrainingScreen:
@@ -88,7 +99,7 @@ class TrainingScreen:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         self.progress = Progress(
-            TextColumn("training"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("{task.fields[figures]}", markup=False),
@@ -96,6 +107,7 @@ class TrainingScreen:
             console=err(),
         )
         self.task: TaskID | None = None
+        self.base_task: TaskID | None = None
         self.printed = 0
 
     def __enter__(self) -> Self:
@@ -112,17 +124,29 @@ class TrainingScreen:
             for line in describe_data(event.data):
                 say(line, markup=False)
         elif event.event == "held_out" and event.loss is not None:
-            say(f"held-out loss {event.message}: {event.loss:.4f}", markup=False)
+            right = "" if event.accuracy is None else f", right about {event.accuracy:.0%}"
+            say(f"held-out loss {event.message}: {event.loss:.4f}{right}", markup=False)
+        elif event.event == "reference" and event.step is not None:
+            self._reference(event)
         elif event.event == "step" and event.step is not None and event.steps is not None:
             self._step(event)
         elif event.message:
             say(f"{'warning: ' if event.event == 'warning' else ''}{event.message}", markup=False)
 
+    def _reference(self, event: TrainingEvent) -> None:
+        """The base model measures every row before a training by preference."""
+        if self.base_task is None:
+            self.base_task = self.progress.add_task("base model", total=event.steps, figures="rows measured")
+        self.progress.update(self.base_task, completed=event.step)
+        if not self.progress.console.is_terminal and event.step == event.steps:
+            self.progress.console.print(f"the base model has measured {event.steps} rows", markup=False)
+
     def _step(self, event: TrainingEvent) -> None:
         """Shows what there is: a script of the user's own may tell no more than the step."""
         loss = "" if event.loss is None else f"loss {event.loss:.4f}"
+        right = "" if event.accuracy is None else f"right {event.accuracy:.0%}"
         speed = "" if event.tokens_per_s is None else f"{event.tokens_per_s:.0f} tokens/s"
-        figures = "  ".join(figure for figure in (loss, speed) if figure)
+        figures = "  ".join(figure for figure in (loss, right, speed) if figure)
         if self.task is None:
             self.task = self.progress.add_task("training", total=event.steps, figures=figures)
         self.progress.update(self.task, completed=event.step, figures=figures)

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from loraloop.cli.screen import DEFAULT_PROJECT, JsonOption, ProjectOption, TrainingScreen, show_next, show_table, write_line
+from loraloop.errors import SettingsError
 from loraloop.lora.config import LoraTrainerConfig, TrainOptions
+from loraloop.training_data import METHODS
 
 if TYPE_CHECKING:
     from loraloop.lora.model import TrainedModel
@@ -19,21 +21,30 @@ OPTIONS = TrainOptions()
 
 def register(app: typer.Typer) -> None:
     """Add the command to `app`."""
-    app.command(epilog="Example: loraloop train --base ./SmolLM2-135M-Instruct --epochs 2 --lr 1e-3")(train)
+    app.command(
+        epilog="Examples: loraloop train --base ./SmolLM2-135M-Instruct --epochs 2 --lr 1e-3\n\n"
+        "loraloop train --base ./SmolLM2-135M-Instruct --method dpo --lr 5e-5 --beta 0.1"
+    )(train)
 
 
 def train(
     base: Annotated[str, typer.Option("--base", help="Base model: hub id, folder, or .gguf file.")] = DEFAULTS.base_model,
     project: ProjectOption = DEFAULT_PROJECT,
     dataset: Annotated[str | None, typer.Option(help="Id of the dataset, or how it begins; the newest without one.")] = None,
+    method: Annotated[str | None, typer.Option(help="sft, weighted, dpo or kto; what the dataset was built for without.")] = None,
     rank: Annotated[int, typer.Option(help="LoRA rank.")] = DEFAULTS.lora_rank,
     alpha: Annotated[float, typer.Option(help="LoRA alpha; the adapter is scaled by alpha / rank.")] = DEFAULTS.lora_alpha,
     dropout: Annotated[float, typer.Option(help="LoRA dropout.")] = DEFAULTS.lora_dropout,
     epochs: Annotated[int, typer.Option(help="Passes over the data.")] = DEFAULTS.epochs,
     batch_size: Annotated[int, typer.Option(help="Rows of a micro-batch, at most.")] = DEFAULTS.batch_size,
     grad_accum: Annotated[int, typer.Option(help="Micro-batches of an optimizer step.")] = DEFAULTS.gradient_accumulation,
-    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = DEFAULTS.learning_rate,
+    lr: Annotated[float, typer.Option(help="Peak learning rate; lower it for dpo and kto, such as 5e-5.")] = DEFAULTS.learning_rate,
+    beta: Annotated[float, typer.Option(help="dpo, kto: how closely the model stays to its reference, the base model.")] = OPTIONS.beta,
+    loss: Annotated[str, typer.Option(help="dpo: the loss of a pair, sigmoid or ipo.")] = OPTIONS.loss,
+    desirable_weight: Annotated[float, typer.Option(help="kto: of a desirable sample's loss.")] = OPTIONS.desirable_weight,
+    undesirable_weight: Annotated[float, typer.Option(help="kto: of an undesirable sample's loss.")] = OPTIONS.undesirable_weight,
     max_seq_length: Annotated[int, typer.Option(help="Tokens of a row; longer samples are cut into windows.")] = DEFAULTS.max_seq_length,
+    long: Annotated[str, typer.Option(help="Longer samples: window, elide (cut tool outputs) or refuse.")] = OPTIONS.long,
     max_steps: Annotated[int | None, typer.Option(help="End after this many optimizer steps.")] = None,
     seed: Annotated[int, typer.Option(help="Of adapter, order and dropout.")] = OPTIONS.seed,
     dtype: Annotated[str, typer.Option(help="Of the base weights: auto, float32 or bfloat16.")] = OPTIONS.dtype,
@@ -60,7 +71,14 @@ def train(
         max_seq_length=max_seq_length,
         train_script=train_script,
     )
+    if method is not None and method not in METHODS:
+        raise SettingsError(f"--method {method}: expected {', '.join(METHODS)}")
     options = TrainOptions(
+        long=long,  # type: ignore[arg-type]
+        beta=beta,
+        loss=loss,  # type: ignore[arg-type]
+        desirable_weight=desirable_weight,
+        undesirable_weight=undesirable_weight,
         seed=seed,
         dtype=dtype,  # type: ignore[arg-type]
         max_steps=max_steps,
@@ -69,7 +87,7 @@ def train(
         verify=verify,
     )
     with Project(project, create=False) as opened, TrainingScreen() as screen:
-        model = opened.train(config, dataset=dataset, options=options, on_event=screen.show)
+        model = opened.train(config, dataset=dataset, method=method, options=options, on_event=screen.show)
     if as_json:
         write_line(model.model_dump_json())
     else:
@@ -84,6 +102,9 @@ def _show_trained(model: TrainedModel) -> None:
     held_out = f"{before:.4f} -> {after:.4f}" if before is not None and after is not None else "not measured"
     loss = f"{metrics.final_loss:.4f}" if metrics and metrics.final_loss is not None else "-"
     seconds = f"{metrics.training_time_secs:.0f} s" if metrics and metrics.training_time_secs is not None else "-"
-    rows = [[str(model.id), str(model.sample_count), loss, held_out, seconds]]
-    show_table("", ["model", "samples", "final loss", "held-out loss", "time"], rows)
+    rows = [[str(model.id), model.method, str(model.sample_count), loss, held_out, seconds]]
+    show_table("", ["model", "method", "samples", "final loss", "held-out loss", "time"], rows)
+    accuracy = metrics.held_out_accuracy_after if metrics else None
+    if accuracy is not None:
+        write_line(f"right about {accuracy:.0%} of what is held out, by its rewards")
     write_line(f"the adapter is in {model.adapter_path}")

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
+from loraloop.chat.length import LONG_POLICIES, LongPolicy
 from loraloop.errors import SettingsError
+from loraloop.training_data import Method
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +87,16 @@ class TrainOptions:
     """Bytes that the training process may take, at least 1; None is 80 % of what is free."""
     verify: bool = False
     """Compute the first step with both engines, and stop when they differ."""
+    long: LongPolicy = "window"
+    """What happens to samples above max_seq_length: several rows, long tool outputs cut in the middle, or refused."""
+    beta: float = 0.1
+    """dpo and kto: how closely the model stays to its reference, more than 0."""
+    loss: Literal["sigmoid", "ipo"] = "sigmoid"
+    """dpo: the loss of a pair, that of Rafailov et al. 2023 or of Azar et al. 2023."""
+    desirable_weight: float = 1.0
+    """kto: of a desirable sample's loss, more than 0."""
+    undesirable_weight: float = 1.0
+    """kto: of an undesirable sample's loss, more than 0."""
     held_out_fraction: float = 0.2
     """Share of the tasks kept from training to measure on, 0 <= held_out_fraction < 1."""
     held_out_min_tasks: int = 5
@@ -101,12 +113,24 @@ class TrainOptions:
         for name in ("max_steps", "max_memory"):
             if getattr(self, name) is not None:
                 _check_int(name, getattr(self, name), 1)
+        if self.long not in LONG_POLICIES:
+            raise SettingsError(f"long={self.long!r}: expected {', '.join(LONG_POLICIES)}")
+        if self.loss not in ("sigmoid", "ipo"):
+            raise SettingsError(f"loss={self.loss!r}: expected sigmoid or ipo")
+        for name in ("beta", "desirable_weight", "undesirable_weight"):
+            _check_float(name, getattr(self, name), "> 0", lambda value: value > 0)
         _check_float("held_out_fraction", self.held_out_fraction, ">= 0 and < 1", lambda value: 0 <= value < 1)
         _check_int("held_out_min_tasks", self.held_out_min_tasks, 1)
 
-    def to_argv(self) -> list[str]:
-        """The arguments that follow the contract's on the command line."""
-        argv = ["--seed", str(self.seed), "--dtype", self.dtype, "--engine", self.engine]
+    def to_argv(self, method: Method = "sft") -> list[str]:
+        """The arguments that follow the contract's on the command line, for a training by `method`."""
+        argv = ["--seed", str(self.seed), "--dtype", self.dtype, "--engine", self.engine, "--long", self.long, "--method", method]
+        if method in ("dpo", "kto"):
+            argv += ["--beta", repr(self.beta)]
+        if method == "dpo":
+            argv += ["--loss", self.loss]
+        if method == "kto":
+            argv += ["--desirable-weight", repr(self.desirable_weight), "--undesirable-weight", repr(self.undesirable_weight)]
         for option, value in (("--max-steps", self.max_steps), ("--max-memory", self.max_memory)):
             argv += [option, str(value)] if value is not None else []
         return [*argv, "--verify"] if self.verify else argv

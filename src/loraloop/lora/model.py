@@ -9,6 +9,7 @@ from pydantic import Field
 
 from loraloop.episode import EpisodeId, Frozen
 from loraloop.ids import SortableId
+from loraloop.training_data import Method
 
 
 class LoraModelId(SortableId):
@@ -33,8 +34,12 @@ class TrainingMetrics(Frozen):
     n_supervised_tokens: int | None = None
     """Those of them that carry loss."""
     held_out_loss_before: float | None = None
-    """Mean loss per supervised token on held-out tasks, before the first step."""
+    """The method's loss on held-out tasks, for sft the mean for each supervised token, before the first step."""
     held_out_loss_after: float | None = None
+    """The same after the last step."""
+    held_out_accuracy_before: float | None = None
+    """dpo and kto: the share of held-out pairs or samples that the model is right about, before the first step."""
+    held_out_accuracy_after: float | None = None
     """The same after the last step."""
 
 
@@ -54,6 +59,8 @@ class TrainedModel(Frozen):
     metrics: TrainingMetrics | None = None
     base_sha256: str | None = None
     """Over the base model's weights and configuration."""
+    method: Method = "sft"
+    """How it was trained."""
     dataset: str | None = None
     """The id of the frozen dataset, when it was trained from one."""
     refused: dict[str, int] = Field(default_factory=dict)

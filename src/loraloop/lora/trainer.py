@@ -23,15 +23,15 @@ from typing import TypeVar
 
 from pydantic import ValidationError
 
-from loraloop.episode import EpisodeFilter, EpisodeId, now_ms
+from loraloop.episode import Episode, EpisodeFilter, EpisodeId, now_ms
 from loraloop.errors import EmptyData, LoraTrainerError, ProcessFailed, ScriptNotFound
 from loraloop.files import json_line, write_jsonl
 from loraloop.lora.config import LoraTrainerConfig, TrainOptions
 from loraloop.lora.model import LoraModelId, TrainedModel, TrainingMetrics
 from loraloop.lora.process import run_process
 from loraloop.lora.registry import MODEL_FILE, LoraModelRegistry
-from loraloop.plugins import EpisodeStore, LearnModel
-from loraloop.training_data import Refusal, TrainingData, split_by_task
+from loraloop.plugins import EpisodeStore, LearnModel, convert_all
+from loraloop.training_data import Method, Refusal, TrainingData, split_by_task
 from loraloop.training_record import RECORD_FILE, TrainingEvent, TrainingRecord
 
 log = logging.getLogger("loraloop.lora")
@@ -49,6 +49,8 @@ class Samples:
     refused: dict[str, int] | None = None
     dataset: str | None = None
     """The id of the frozen dataset that they come from, if any."""
+    method: Method = "sft"
+    """How they are trained; loraloop's own process refuses samples of another kind."""
 
 
 class LoraTrainer:
@@ -105,23 +107,28 @@ class LoraTrainer:
         samples: list[TrainingData] = []
         refused: Counter[str] = Counter()
         n_episodes = 0
-        for episode in self._episode_store.iter_episodes(episode_filter):
+
+        def count(episode: Episode) -> Episode:
+            nonlocal n_episodes
             n_episodes += 1
-            converted = learn_model.convert(episode)
+            return episode
+
+        for converted in convert_all(learn_model, map(count, self._episode_store.iter_episodes(episode_filter))):
             if isinstance(converted, Refusal):
                 refused[converted.reason] += 1
             else:
-                samples.append(converted if converted.episode_id else converted.with_episode_id(episode.id))
+                samples.append(converted)
         counts = (n_episodes, len(samples), refused.total())
         log.info("stage=convert learn_model=%s episodes=%d samples=%d refused=%d", learn_model.name, *counts)
         if n_episodes == 0:
             raise EmptyData(f"No episodes found for training{_describe(episode_filter)}; ingest some first, or widen the filter")
         if not samples:
             raise EmptyData(f"No training data generated from {n_episodes} episodes by {learn_model.name!r}", refused)
+        method = learn_model.method
         if self._config.train_script is not None:
-            return Samples(samples, (), dict(refused))
+            return Samples(samples, (), dict(refused), method=method)
         training, held_out = split_by_task(samples, self._options.held_out_fraction, self._options.held_out_min_tasks)
-        return Samples(training, held_out, dict(refused))
+        return Samples(training, held_out, dict(refused), method=method)
 
     async def train_samples(self, samples: Samples, learn_model_name: str, *, on_event: OnEvent | None = None) -> TrainedModel:
         """Train on samples that are made already. Raises EmptyData, ScriptNotFound and ProcessFailed."""
@@ -136,7 +143,9 @@ class LoraTrainer:
             await asyncio.to_thread(write_jsonl, held_out_path, [sample.to_line() for sample in samples.held_out])
         log.info("stage=write model=%s samples=%d held_out=%d data=%s", model_id, len(samples.training), len(samples.held_out), data_path)
         started = time.monotonic()
-        adapter_path = await self.run_lora_training(data_path, model_id, held_out_path=held_out_path, on_event=on_event)
+        adapter_path = await self.run_lora_training(
+            data_path, model_id, held_out_path=held_out_path, on_event=on_event, method=samples.method
+        )
         seconds = round(time.monotonic() - started, 3)
         log_path = data_path.with_name("training.log")
         model = self._trained_model(model_id, adapter_path, learn_model_name, samples, seconds=seconds, log_path=log_path)
@@ -165,6 +174,7 @@ class LoraTrainer:
         *,
         held_out_path: Path | None = None,
         on_event: OnEvent | None = None,
+        method: Method = "sft",
     ) -> Path:
         """Run the training process on a file; gives `output_dir/<adapter_name>`, which then holds the adapter.
 
@@ -183,7 +193,7 @@ class LoraTrainer:
         except OSError as error:
             raise LoraTrainerError(f"the folder {output.parent} cannot be made: {error.strerror}; choose another output_dir") from error
         log_path = data_path.with_name("training.log")
-        argv = self._argv(data_path, output, held_out_path)
+        argv = self._argv(data_path, output, held_out_path, method)
         log.info("stage=train model=%s script=%s log=%s", adapter_name, self._config.train_script or "loraloop.train", log_path)
         empty: list[TrainingEvent] = []
 
@@ -204,13 +214,13 @@ class LoraTrainer:
             raise
         return output
 
-    def _argv(self, data_path: Path, output: Path, held_out_path: Path | None) -> list[str]:
+    def _argv(self, data_path: Path, output: Path, held_out_path: Path | None, method: Method) -> list[str]:
         config = self._config
         python = str(config.python_path or sys.executable)
         script = [str(config.train_script)] if config.train_script is not None else ["-m", "loraloop.train"]
         own: list[str] = []
         if config.train_script is None:
-            own = self._options.to_argv() + (["--held-out", str(held_out_path)] if held_out_path else [])
+            own = self._options.to_argv(method) + (["--held-out", str(held_out_path)] if held_out_path else [])
         contract = {
             "--data": data_path,
             "--output": output,
@@ -246,7 +256,7 @@ class LoraTrainer:
         self, model_id: LoraModelId, adapter_path: Path, learn_model_name: str, samples: Samples, *, seconds: float, log_path: Path
     ) -> TrainedModel:
         record = _load_record(adapter_path / RECORD_FILE)
-        used = list(dict.fromkeys(str(sample.episode_id) for sample in samples.training if sample.episode_id))
+        used = list(dict.fromkeys(str(episode_id) for sample in samples.training for episode_id in sample.episode_ids))
         refused = Counter(samples.refused or {})
         sample_count = len(samples.training)
         metrics = TrainingMetrics(training_time_secs=seconds)
@@ -262,6 +272,8 @@ class LoraTrainer:
                 n_supervised_tokens=record.data.n_supervised_tokens,
                 held_out_loss_before=record.held_out_loss_before,
                 held_out_loss_after=record.held_out_loss_after,
+                held_out_accuracy_before=record.held_out_accuracy_before,
+                held_out_accuracy_after=record.held_out_accuracy_after,
             )
         return TrainedModel(
             id=model_id,
@@ -274,6 +286,7 @@ class LoraTrainer:
             metrics=metrics,
             base_sha256=record.base_sha256 if record else None,
             dataset=samples.dataset,
+            method=samples.method,
             refused=dict(sorted(refused.items())),
             log_path=log_path,
         )

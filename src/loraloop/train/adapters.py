@@ -61,14 +61,17 @@ class FusedLinear:
             base.weight.data = rows
             at += base.out_features
 
-    def refresh(self) -> None:
-        """Take A and B over from PEFT's parameters and begin sums of gradients anew; before every walk."""
+    def refresh(self, *, adapter: bool = True) -> None:
+        """Take A and B over from PEFT's parameters and begin sums of gradients anew; before every walk. Without `adapter`, B is 0."""
         self._d_a.zero_()  # here and not when they are collected: a walk that an error ended leaves nothing to the next
         self._d_b.zero_()
-        for adapter in self.adapters:
-            self.a[adapter.ranks] = adapter.a.detach() * adapter.scaling
-            columns = slice(self.n_inputs + adapter.ranks.start, self.n_inputs + adapter.ranks.stop)
-            self.weight[adapter.outputs, columns] = adapter.b.detach().to(self.weight.dtype)
+        if not adapter:
+            self.weight[:, self.n_inputs :].zero_()
+            return
+        for each in self.adapters:
+            self.a[each.ranks] = each.a.detach() * each.scaling
+            columns = slice(self.n_inputs + each.ranks.start, self.n_inputs + each.ranks.stop)
+            self.weight[each.outputs, columns] = each.b.detach().to(self.weight.dtype)
 
     def fill(self, x: torch.Tensor, call: Call) -> None:
         """Compute u on the right of `x` from the input on its left."""

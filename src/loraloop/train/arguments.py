@@ -7,11 +7,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from loraloop.base_model import Dtype
+from loraloop.chat.length import LONG_POLICIES, LongPolicy
+from loraloop.training_data import METHODS, Method
 
 EngineName = Literal["tree", "dense"]
+PreferenceLoss = Literal["sigmoid", "ipo"]
+"""sigmoid is the loss of Rafailov et al. 2023, ipo that of Azar et al. 2023."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,12 @@ class TrainArguments:
     engine: EngineName
     max_memory: int | None
     verify: bool
+    long: LongPolicy
+    method: Method
+    beta: float
+    loss: PreferenceLoss
+    desirable_weight: float
+    undesirable_weight: float
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> TrainArguments:
@@ -60,6 +70,11 @@ def parse_arguments(argv: Sequence[str] | None = None) -> TrainArguments:
         (0 <= arguments.warmup_ratio < 1, f"--warmup-ratio {arguments.warmup_ratio:g}: expected 0 <= ratio < 1"),
         (arguments.max_grad_norm > 0, f"--max-grad-norm {arguments.max_grad_norm:g}: expected more than 0"),
         (arguments.max_memory is None or arguments.max_memory >= 1, f"--max-memory {arguments.max_memory}: expected at least 1 byte"),
+        (0 < arguments.beta < math.inf, f"--beta {arguments.beta:g}: expected a finite number above 0"),
+        *(
+            (0 < weight < math.inf, f"--{name}-weight {weight:g}: expected a finite number above 0")
+            for name, weight in (("desirable", arguments.desirable_weight), ("undesirable", arguments.undesirable_weight))
+        ),
         (arguments.data.is_file(), f"--data {arguments.data}: no such file"),
         (arguments.held_out is None or arguments.held_out.is_file(), f"--held-out {arguments.held_out}: no such file"),
     ):
@@ -99,5 +114,13 @@ def _parser() -> argparse.ArgumentParser:
     own.add_argument("--max-grad-norm", type=float, default=1.0, help="gradients are clipped to this norm (1)")
     own.add_argument("--engine", choices=["tree", "dense"], default="tree", help="tree computes shared tokens once; dense is plain (tree)")
     own.add_argument("--max-memory", type=int, help="bytes that the process may take (80 %% of what is free)")
+    own.add_argument(
+        "--long", choices=LONG_POLICIES, default="window", help="samples above --max-seq-length: windows, cut, or refused (window)"
+    )
+    own.add_argument("--method", choices=METHODS, default="sft", help="how the samples are trained (sft)")
+    own.add_argument("--beta", type=float, default=0.1, help="dpo, kto: how closely the model stays to its reference (0.1)")
+    own.add_argument("--loss", choices=get_args(PreferenceLoss), default="sigmoid", help="dpo: the loss of a pair (sigmoid)")
+    own.add_argument("--desirable-weight", type=float, default=1.0, help="kto: of a desirable sample's loss (1)")
+    own.add_argument("--undesirable-weight", type=float, default=1.0, help="kto: of an undesirable sample's loss (1)")
     own.add_argument("--verify", action="store_true", help="compute the first step with both engines, and stop when they differ")
     return parser

@@ -7,10 +7,14 @@ over all of it, however it is cut into micro-batches.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from loraloop.chat.render import Row
 from loraloop.train.architecture import has_plain_head
+from loraloop.train.tree import Floats
 
 if TYPE_CHECKING:
     import torch
@@ -37,47 +41,55 @@ class DenseEngine:
 
         Dropout draws from torch's own generator; there is none when not `training`.
         """
-        del step
-        weight = sum(sum(row.weights[1:]) for row in rows)
-        loss = 0.0
-        self.model.train(training)
-        for batch in micro_batches(rows, self.batch_size):
-            part = _summed_loss(self.model, batch)[0] / weight
-            part.backward()  # type: ignore[no-untyped-call]
-            loss += float(part.detach())
-        self.n_computed = sum(len(row.ids) for row in rows)
-        return loss
+        share = 1.0 / sum(sum(row.weights[1:]) for row in rows)
+        return share * float(self.add_gradient(rows, [share] * len(rows), step if training else None).sum())
 
-    def measure(self, rows: Sequence[Row]) -> tuple[float, float]:
-        """(sum of w * nll, sum of w) over `rows`, without dropout and without gradients."""
+    def add_gradient(self, rows: Sequence[Row], coefficients: Sequence[float], step: int | None = None) -> Floats:
+        """Add the gradient of the sum of coefficient * loss over `rows`, and give each row's loss, the sum of w * nll of its tokens.
+
+        Without a `step` there is no dropout.
+        """
+        import torch
+
+        self.model.train(step is not None)
+        losses = np.zeros(len(rows))
+        for numbers in micro_batches(rows, self.batch_size):
+            parts = _losses(self.model, [rows[number] for number in numbers])
+            factors = torch.tensor([coefficients[number] for number in numbers], dtype=parts.dtype, device=parts.device)
+            (parts * factors).sum().backward()  # type: ignore[no-untyped-call]
+            losses[numbers] = parts.detach().cpu().numpy()
+        self.n_computed = sum(len(row.ids) for row in rows)
+        return losses
+
+    def measure(self, rows: Sequence[Row], *, adapter: bool = True) -> Floats:
+        """Each row's loss, the sum of w * nll of its tokens, without dropout and gradients; without the `adapter`, the base model's."""
         import torch
 
         was_training = self.model.training
         self.model.eval()
-        total = weight = 0.0
-        with torch.no_grad():
-            for batch in micro_batches(rows, self.batch_size):
-                batch_loss, batch_weight = _summed_loss(self.model, batch)
-                total += float(batch_loss)
-                weight += batch_weight
+        losses = np.zeros(len(rows))
+        with torch.no_grad(), nullcontext() if adapter else self.model.disable_adapter():
+            for numbers in micro_batches(rows, self.batch_size):
+                losses[numbers] = _losses(self.model, [rows[number] for number in numbers]).cpu().numpy()
         self.model.train(was_training)
-        return total, weight
+        self.n_computed = sum(len(row.ids) for row in rows)
+        return losses
 
 
-def micro_batches(rows: Sequence[Row], batch_size: int) -> Iterator[list[Row]]:
-    """Rows of like length together, at most `batch_size` of them and MICRO_BATCH_TOKENS padded tokens."""
-    batch: list[Row] = []
-    for row in sorted(rows, key=lambda row: len(row.ids)):
-        if batch and (len(batch) == batch_size or (len(batch) + 1) * len(row.ids) > MICRO_BATCH_TOKENS):
+def micro_batches(rows: Sequence[Row], batch_size: int) -> Iterator[list[int]]:
+    """The numbers of rows of like length together, at most `batch_size` of them and MICRO_BATCH_TOKENS padded tokens."""
+    batch: list[int] = []
+    for number in sorted(range(len(rows)), key=lambda number: len(rows[number].ids)):
+        if batch and (len(batch) == batch_size or (len(batch) + 1) * len(rows[number].ids) > MICRO_BATCH_TOKENS):
             yield batch
             batch = []
-        batch.append(row)
+        batch.append(number)
     if batch:
         yield batch
 
 
-def _summed_loss(model: Any, batch: Sequence[Row]) -> tuple[torch.Tensor, float]:
-    """(sum of w * nll, sum of w) over the supervised tokens of a micro-batch."""
+def _losses(model: Any, batch: Sequence[Row]) -> torch.Tensor:
+    """(rows,) the sum of w * nll over the supervised tokens of each row of a micro-batch, in float64."""
     import torch
 
     device = next(model.parameters()).device
@@ -91,7 +103,8 @@ def _summed_loss(model: Any, batch: Sequence[Row]) -> tuple[torch.Tensor, float]
     predicts = weights[:, 1:] > 0  # (rows, tokens - 1): positions whose next token is supervised
     targets, factors = ids[:, 1:][predicts], weights[:, 1:][predicts]  # (supervised,)
     nll = _negative_log_likelihood(model, ids, predicts, targets)
-    return (nll * factors.to(nll.dtype)).sum(), float(factors.sum())
+    losses = torch.zeros(len(batch), dtype=torch.float64, device=device)
+    return losses.index_add(0, predicts.nonzero()[:, 0], nll.double() * factors)
 
 
 def _negative_log_likelihood(model: Any, ids: torch.Tensor, predicts: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

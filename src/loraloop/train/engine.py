@@ -22,7 +22,7 @@ from loraloop.train.buffers import Keep, Scratch, Stack
 from loraloop.train.call import Call
 from loraloop.train.layers import LayerSaved
 from loraloop.train.losses import Targets, head_loss
-from loraloop.train.tree import Block, TokenTree, build_tree, list_visits
+from loraloop.train.tree import Block, Floats, TokenTree, build_tree, list_visits
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,9 @@ class _Walk:
 
     tree: TokenTree
     stacks: list[Stack]
-    factor: float | None
-    """Of the summed loss; None without gradients."""
+    coefficients: Floats | None
+    """Of every sample's loss in what the gradient is of; None without gradients."""
+    losses: torch.Tensor  # (samples,) float64, the sum of w * nll of each
     draw: tuple[int, int] | None
     """Draws the dropout; None is without."""
     entered: list[_Entered] = field(default_factory=list)
@@ -74,35 +75,42 @@ class TreeEngine:
 
     def backward(self, rows: Sequence[Row], step: int = 0, *, dropout: bool = True) -> float:
         """Add the gradient of sum(w * nll) / sum(w) over `rows`, and give that loss. `step` draws the dropout."""
-        tree = build_tree(rows)
-        return self._walk(tree, 1.0 / float(tree.target_weights.sum()), (self.seed, step) if dropout else None)
-
-    def measure(self, rows: Sequence[Row]) -> tuple[float, float]:
-        """(sum of w * nll, sum of w) over `rows`, without dropout and without gradients."""
-        tree = build_tree(rows)
-        return self._walk(tree, None, None), float(tree.target_weights.sum())
+        share = 1.0 / sum(sum(row.weights[1:]) for row in rows)
+        return share * float(self.add_gradient(rows, [share] * len(rows), step if dropout else None).sum())
 
     @torch.no_grad()
-    def _walk(self, tree: TokenTree, factor: float | None, draw: tuple[int, int] | None) -> float:
-        """The summed loss times `factor`, with its gradient; without a factor the summed loss alone."""
+    def add_gradient(self, rows: Sequence[Row], coefficients: Sequence[float], step: int | None = None) -> Floats:
+        """Add the gradient of the sum of coefficient * loss over `rows`, and give each row's loss, the sum of w * nll of its tokens.
+
+        `step` draws the dropout; None is without.
+        """
+        return self._walk(build_tree(rows), np.asarray(coefficients, np.float64), None if step is None else (self.seed, step))
+
+    @torch.no_grad()
+    def measure(self, rows: Sequence[Row], *, adapter: bool = True) -> Floats:
+        """Each row's loss, the sum of w * nll of its tokens, without dropout and gradients; without the `adapter`, the base model's."""
+        return self._walk(build_tree(rows), None, None, adapter=adapter)
+
+    def _walk(self, tree: TokenTree, coefficients: Floats | None, draw: tuple[int, int] | None, *, adapter: bool = True) -> Floats:
+        """Each sample's loss; with coefficients, the gradient too."""
         for linear in self.architecture.linears:
-            linear.refresh()
+            linear.refresh(adapter=adapter)
         visits = list_visits(tree, self.plan.block_rows)
         room = max((visit.block.depth + visit.block.n_rows for visit in visits), default=0)
-        walk = _Walk(tree, self._take_stacks(room), factor, draw)
-        loss = 0.0
+        walk = _Walk(tree, self._take_stacks(room), coefficients, torch.zeros(tree.n_samples, dtype=torch.float64), draw)
         for visit in visits:
             if visit.forward:
-                loss += self._enter(visit.block, walk)
-            elif factor is not None:
+                self._enter(visit.block, walk)
+            elif coefficients is not None:
                 self._leave(walk)
-        if factor is not None:
+        if coefficients is not None:
             for linear in self.architecture.linears:
                 linear.collect()
         self.n_computed = tree.n_rows
-        return loss * (factor if factor is not None else 1.0)
+        losses: Floats = walk.losses.numpy()
+        return losses
 
-    def _enter(self, block: Block, walk: _Walk) -> float:
+    def _enter(self, block: Block, walk: _Walk) -> None:
         """Forward through all layers, then the head's loss and gradient."""
         tree = walk.tree
         call = self._call(tree, block, walk.draw)
@@ -116,10 +124,9 @@ class TreeEngine:
             saved.append(layer.forward(x, call, stack, out))
             stack.gradients[call.here].zero_()
             x = out
-        loss, d_x = self._head(x, Targets.of(tree, block), walk.factor)
+        d_x = self._head(x, Targets.of(tree, block, walk.coefficients), walk.losses)
         if d_x is not None:
             walk.entered.append(_Entered(call, saved, d_x))
-        return loss
 
     def _take_stacks(self, room: int) -> list[Stack]:
         """A stack for each layer with places for `room` rows: those of the last walk if they are large enough."""
@@ -130,21 +137,21 @@ class TreeEngine:
                 self._stacks.append(Stack(n_rows, layer.mixer.shared_shape, self.plan.keep, self._scratch))
         return self._stacks
 
-    def _head(self, x: torch.Tensor, targets: Targets, factor: float | None) -> tuple[float, torch.Tensor | None]:
-        """The loss of a block's targets, and the gradient of its last layer's output."""
-        d_x = torch.zeros_like(x) if factor is not None else None
+    def _head(self, x: torch.Tensor, targets: Targets, losses: torch.Tensor) -> torch.Tensor | None:
+        """Add the losses of a block's targets to those of their samples; gives the gradient of its last layer's output."""
+        d_x = torch.zeros_like(x) if targets.pulls is not None else None
         if not len(targets.rows):
-            return 0.0, d_x
+            return d_x
         norm = self.architecture.final_norm
         chosen = x[targets.rows]
         normed = torch.empty_like(chosen)
         scale = self.arithmetic.rms_norm(chosen, norm.weight, norm.eps, normed)
-        loss, d_normed = head_loss(normed, targets, self.architecture.head, factor, self.arithmetic)
+        d_normed = head_loss(normed, targets, self.architecture.head, losses, self.arithmetic)
         if d_x is not None and d_normed is not None:
             d_chosen = torch.zeros_like(chosen)
             self.arithmetic.rms_norm_backward(d_normed, chosen, norm.weight, scale, d_chosen)
             d_x[targets.rows] = d_chosen
-        return loss, d_x
+        return d_x
 
     def _leave(self, walk: _Walk) -> None:
         """Backward through all layers; what is kept is let go of on the way."""

@@ -1,7 +1,7 @@
-"""The training loop: LoRA with AdamW over windows of rows, whatever engine computes their gradient.
+"""The training loop: LoRA with AdamW over windows of units, whatever the objective and whatever engine computes its gradient.
 
-The gradient of a step is that of sum(w * nll) / sum(w) over the whole accumulation window. Order of rows, initial adapter and dropout
-follow from the seed alone.
+The gradient of a step is that of the objective over the whole accumulation window. Order of units, initial adapter and dropout follow
+from the seed alone.
 """
 
 from __future__ import annotations
@@ -13,26 +13,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from loraloop.chat.render import Row
+from loraloop.chat.rows import Unit
 from loraloop.errors import LoraTrainerError
+from loraloop.train.objectives import Engine, Objective
 from loraloop.training_record import TrainingEvent
-
-
-class Engine(Protocol):
-    """Computes losses and gradients of rows for the adapter of one model."""
-
-    name: str
-    n_computed: int
-
-    def backward(self, rows: Sequence[Row], step: int = 0) -> float:
-        """Add the gradient of sum(w * nll) / sum(w) over `rows`, and give that loss; `step` may draw the dropout."""
-        ...
-
-    def measure(self, rows: Sequence[Row]) -> tuple[float, float]:
-        """(sum of w * nll, sum of w) over `rows`, without dropout and without gradients."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -60,7 +46,16 @@ class History:
     n_computed: int
     """Tokens that the engine computed for them."""
     used: frozenset[int]
-    """Indices of the rows that were in at least one step; a training that ends early has not seen all."""
+    """Indices of the units that were in at least one step; a training that ends early has not seen all."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What trains: a model with an adapter, what its loss is, and what computes that."""
+
+    model: Any
+    engine: Engine
+    objective: Objective
 
 
 def new_adapter(model: Any, rank: int, alpha: float, dropout: float, seed: int) -> Any:
@@ -75,34 +70,34 @@ def new_adapter(model: Any, rank: int, alpha: float, dropout: float, seed: int) 
     return peft.get_peft_model(model, config)
 
 
-def train(model: Any, engine: Engine, rows: Sequence[Row], settings: LoopSettings, emit: Callable[[TrainingEvent], None]) -> History:
-    """Train the adapter of `model` in place.
+def train(run: Run, units: Sequence[Unit], settings: LoopSettings, emit: Callable[[TrainingEvent], None]) -> History:
+    """Train the adapter of the run's model in place.
 
-    Raises LoraTrainerError at a loss or gradient that is not finite, naming the step and where its rows came from.
+    Raises LoraTrainerError at a loss or gradient that is not finite, naming the step and where its units came from.
     """
     import torch
 
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    parameters = [parameter for parameter in run.model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=0.0)
-    steps = count_steps(len(rows), settings)
+    steps = count_steps(len(units), settings)
     losses: list[tuple[int, float]] = []
     used: set[int] = set()
     started, n_tokens, n_computed = time.monotonic(), 0, 0
     torch.manual_seed(settings.seed)
-    for step, (epoch, window) in enumerate(windows(len(rows), settings, steps), 1):
+    for step, (epoch, window) in enumerate(windows(len(units), settings, steps), 1):
         rate = settings.learning_rate * schedule(step - 1, steps, settings.warmup_ratio)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        batch = [rows[index] for index in window]
-        loss = engine.backward(batch, step)
+        batch = [units[index] for index in window]
+        measure = run.objective.backward(run.engine, batch, step)
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm))
-        _check_finite(step, loss, norm, batch)
+        _check_finite(step, measure.loss, norm, batch)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        losses.append((step, loss))
+        losses.append((step, measure.loss))
         used.update(window)
-        n_tokens += sum(len(row.ids) for row in batch)
-        n_computed += engine.n_computed
+        n_tokens += sum(unit.n_tokens for unit in batch)
+        n_computed += measure.n_computed
         seconds = time.monotonic() - started
         emit(
             TrainingEvent(
@@ -110,7 +105,9 @@ def train(model: Any, engine: Engine, rows: Sequence[Row], settings: LoopSetting
                 step=step,
                 steps=steps,
                 epoch=epoch,
-                loss=loss,
+                loss=measure.loss,
+                accuracy=measure.accuracy,
+                margin=measure.margin,
                 learning_rate=rate,
                 tokens_per_s=n_tokens / seconds,
                 eta_s=seconds / step * (steps - step),
@@ -120,27 +117,21 @@ def train(model: Any, engine: Engine, rows: Sequence[Row], settings: LoopSetting
     return History(losses, n_tokens, n_computed, frozenset(used))
 
 
-def mean_loss(engine: Engine, rows: Sequence[Row]) -> float:
-    """Mean negative log-likelihood over the supervised tokens of `rows`, weighted, without dropout."""
-    total, weight = engine.measure(rows)
-    return total / weight
-
-
-def count_steps(n_rows: int, settings: LoopSettings) -> int:
-    """Optimizer steps in all: one for each window of batch_size x gradient_accumulation rows, no more than max_steps."""
-    per_epoch = math.ceil(n_rows / (settings.batch_size * settings.gradient_accumulation))
+def count_steps(n_units: int, settings: LoopSettings) -> int:
+    """Optimizer steps in all: one for each window of batch_size x gradient_accumulation units, no more than max_steps."""
+    per_epoch = math.ceil(n_units / (settings.batch_size * settings.gradient_accumulation))
     steps = per_epoch * settings.epochs
     return min(steps, settings.max_steps) if settings.max_steps else steps
 
 
-def windows(n_rows: int, settings: LoopSettings, steps: int) -> Iterator[tuple[int, list[int]]]:
-    """(epoch, row indices) of each optimizer step; each epoch is a permutation that follows from (seed, epoch)."""
+def windows(n_units: int, settings: LoopSettings, steps: int) -> Iterator[tuple[int, list[int]]]:
+    """(epoch, unit indices) of each optimizer step; each epoch is a permutation that follows from (seed, epoch)."""
     size = settings.batch_size * settings.gradient_accumulation
     done = 0
     for epoch in range(settings.epochs):
-        order = list(range(n_rows))
+        order = list(range(n_units))
         random.Random(f"{settings.seed}:{epoch}").shuffle(order)
-        for start in range(0, n_rows, size):
+        for start in range(0, n_units, size):
             if done == steps:
                 return
             yield epoch, order[start : start + size]
@@ -168,9 +159,9 @@ def peak_memory_mb() -> int:
     return peak // (1 << 20) if sys.platform == "darwin" else peak // 1024
 
 
-def _check_finite(step: int, loss: float, norm: float, batch: Sequence[Row]) -> None:
+def _check_finite(step: int, loss: float, norm: float, batch: Sequence[Unit]) -> None:
     """Raises LoraTrainerError before an update that would spoil the adapter."""
     if not math.isfinite(loss) or not math.isfinite(norm):
-        names = ", ".join(sorted({row.origin for row in batch}))
+        names = ", ".join(sorted({unit.origin for unit in batch}))
         what = f"the loss of step {step} is {loss}, the norm of its gradient {norm}"
         raise LoraTrainerError(f"{what}; its samples came from {names}. Lower the learning rate or look at them")

@@ -1,7 +1,8 @@
 """The head and the loss on the rows that predict a supervised token, forward and backward at once.
 
-The weights of a step are known before its first forward pass, so the gradient of the logits is known with them: logits of a few rows
-exist at a time and are turned into their own gradient in place. The head is frozen; only the gradient of its input is made.
+How much each sample's loss counts is known before a walk with gradients begins, so the gradient of the logits is known with them:
+logits of a few rows exist at a time and are turned into their own gradient in place. The head is frozen; only the gradient of its
+input is made.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 
 from loraloop.train.arithmetic import TorchArithmetic
-from loraloop.train.tree import Block, TokenTree
+from loraloop.train.tree import Block, Floats, TokenTree
 
 HEAD_ROWS = 256
 """Rows whose logits exist at one time."""
@@ -25,44 +26,54 @@ class Targets:
     rows: torch.Tensor  # (rows with a target,) counted from the block's start, ascending
     of_row: torch.Tensor  # (targets,) index into `rows`, ascending
     tokens: torch.Tensor  # (targets,)
+    samples: torch.Tensor  # (targets,) whose they are
     weights: torch.Tensor  # (targets,) float64
-    row_weights: torch.Tensor  # (rows with a target,) float64, the sum over a row's targets
+    pulls: torch.Tensor | None  # (targets,) float64, the weight times the sample's coefficient; None without gradients
+    row_pulls: torch.Tensor  # (rows with a target,) float64, the sum over a row's targets; zero without gradients
 
     @classmethod
-    def of(cls, tree: TokenTree, block: Block) -> Targets:
-        """The targets of `block`."""
+    def of(cls, tree: TokenTree, block: Block, coefficients: Floats | None) -> Targets:
+        """The targets of `block`; the gradient is that of the sum of every sample's loss times its coefficient."""
         first, last = np.searchsorted(tree.target_rows, (block.start, block.stop))
         rows, of_row = np.unique(tree.target_rows[first:last] - block.start, return_inverse=True)
-        weights = tree.target_weights[first:last]
-        sums = np.bincount(of_row, weights, minlength=len(rows))
-        tokens = torch.from_numpy(tree.target_tokens[first:last])
-        return cls(torch.from_numpy(rows), torch.from_numpy(of_row), tokens, torch.from_numpy(weights), torch.from_numpy(sums))
+        weights, samples = tree.target_weights[first:last], tree.target_samples[first:last]
+        pulls = None if coefficients is None else weights * coefficients[samples]
+        sums = np.zeros(len(rows)) if pulls is None else np.bincount(of_row, pulls, minlength=len(rows))
+        return cls(
+            rows=torch.from_numpy(rows),
+            of_row=torch.from_numpy(of_row),
+            tokens=torch.from_numpy(tree.target_tokens[first:last]),
+            samples=torch.from_numpy(samples),
+            weights=torch.from_numpy(weights),
+            pulls=None if pulls is None else torch.from_numpy(pulls),
+            row_pulls=torch.from_numpy(sums),
+        )
 
 
 def head_loss(
-    hidden: torch.Tensor, targets: Targets, head: torch.Tensor, factor: float | None, arithmetic: TorchArithmetic
-) -> tuple[float, torch.Tensor | None]:
-    """(sum of weight * nll, gradient of factor * that sum) for `hidden`, (rows with a target, hidden); no gradient without a factor.
+    hidden: torch.Tensor, targets: Targets, head: torch.Tensor, losses: torch.Tensor, arithmetic: TorchArithmetic
+) -> torch.Tensor | None:
+    """Add weight * nll of every target to its sample's place in `losses`, (samples,) float64; gives the gradient of `hidden`.
 
-    `head` is (vocabulary, hidden). Log-probabilities are computed in float32 at least.
+    `hidden` is (rows with a target, hidden), `head` (vocabulary, hidden). The gradient is that of the sum of pull * nll, None when
+    the targets have no pulls. Log-probabilities are computed in float32 at least.
     """
-    loss = 0.0
-    d_hidden = torch.empty_like(hidden) if factor is not None else None
+    d_hidden = torch.empty_like(hidden) if targets.pulls is not None else None
     for start in range(0, len(hidden), HEAD_ROWS):
         rows = slice(start, min(start + HEAD_ROWS, len(hidden)))
         first, last = torch.searchsorted(targets.of_row, torch.tensor([rows.start, rows.stop])).tolist()
-        here, tokens, weights = targets.of_row[first:last] - start, targets.tokens[first:last], targets.weights[first:last]
+        here, tokens = targets.of_row[first:last] - start, targets.tokens[first:last]
         logits = torch.mm(hidden[rows], head.t())  # (rows, vocabulary)
         chosen = logits[here, tokens].double()
-        row_factors = (targets.row_weights[rows] * (factor or 0.0)).to(torch.promote_types(logits.dtype, torch.float32))
-        lse = arithmetic.softmax(logits, row_factors).double()[here]
-        loss += float((weights * (lse - chosen)).sum())
-        if d_hidden is not None and factor is not None:
-            probable = targets.row_weights[rows][here] * (chosen - lse).exp()
-            wanted = _sum_equals(here * logits.shape[1] + tokens, weights)
-            logits[here, tokens] = (factor * (probable - wanted)).to(logits.dtype)
+        row_pulls = targets.row_pulls[rows].to(torch.promote_types(logits.dtype, torch.float32))
+        lse = arithmetic.softmax(logits, row_pulls).double()[here]
+        losses.index_add_(0, targets.samples[first:last], targets.weights[first:last] * (lse - chosen))
+        if d_hidden is not None and targets.pulls is not None:
+            probable = targets.row_pulls[rows][here] * (chosen - lse).exp()
+            wanted = _sum_equals(here * logits.shape[1] + tokens, targets.pulls[first:last])
+            logits[here, tokens] = (probable - wanted).to(logits.dtype)
             torch.mm(logits, head, out=d_hidden[rows])
-    return loss, d_hidden
+    return d_hidden
 
 
 def _sum_equals(places: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

@@ -47,19 +47,32 @@ class Need:
         return self.path + self.block + self.head + self.optimizer
 
 
-def make_plan(
-    architecture: Architecture, rows: Sequence[Row], window: int, max_memory: int | None, *, measured: Sequence[Row] = ()
-) -> tuple[Plan, str]:
+@dataclass(frozen=True)
+class Load:
+    """How much there is to compute, in tokens."""
+
+    longest: int
+    """Of the longest row."""
+    largest: int
+    """Of all rows that are computed at once, in the largest step or measurement."""
+
+    @classmethod
+    def of(cls, steps: Sequence[Sequence[Row]], window: int, measured: Sequence[Row] = ()) -> Load:
+        """The load of `steps`, each the rows of one unit, `window` of which make an optimizer step; `measured` are computed at once."""
+        sizes = sorted((sum(len(row.ids) for row in rows) for rows in steps), reverse=True)
+        longest = max(len(row.ids) for row in (*(row for rows in steps for row in rows), *measured))
+        return cls(longest, max(sum(sizes[:window]), sum(len(row.ids) for row in measured)))
+
+
+def make_plan(architecture: Architecture, load: Load, max_memory: int | None) -> tuple[Plan, str]:
     """The fastest plan that stays within `max_memory` bytes of this process (80 % of what is free when None), and words about it.
 
-    `window` is the number of rows in an optimizer step; `measured` are computed all at once, without gradients. Raises LoraTrainerError
-    with the numbers when the longest row cannot be trained within the limit.
+    Raises LoraTrainerError with the numbers when the longest row cannot be trained within the limit.
     """
     used = resident_bytes() + RUNTIME_BYTES
     free = free_bytes()
     limit = max_memory if max_memory is not None else used + int(SHARE_OF_FREE * free) if free is not None else None
-    longest = max(len(row.ids) for row in (*rows, *measured))
-    largest = max(sum(sorted((len(row.ids) for row in rows), reverse=True)[:window]), sum(len(row.ids) for row in measured))
+    longest, largest = load.longest, load.largest
     for plan in _OPTIONS:
         need = estimate(architecture, plan, longest, largest)
         if limit is None or used + need.total <= limit:

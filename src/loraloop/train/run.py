@@ -17,15 +17,16 @@ from pathlib import Path
 from typing import Any
 
 from loraloop import base_model
-from loraloop.chat.render import Row
+from loraloop.chat.rows import Unit, build_units, spread
 from loraloop.chat.template import ChatTemplate
 from loraloop.errors import EmptyData, LoraTrainerError
 from loraloop.files import file_sha256, new_directory, write_atomic, write_json
 from loraloop.train import loop
 from loraloop.train.arguments import TrainArguments
-from loraloop.train.choice import loop_settings, open_engine, verify
-from loraloop.train.data import build_rows, read_samples, spread
+from loraloop.train.choice import Data, loop_settings, open_engine, open_objectives, verify
+from loraloop.train.data import read_samples
 from loraloop.train.model_card import model_card
+from loraloop.train.objectives import Engine, Measure, Objective
 from loraloop.training_data import TrainingData
 from loraloop.training_record import RECORD_FILE, RefusedSample, TrainingEvent, TrainingRecord
 
@@ -45,21 +46,23 @@ def run(arguments: TrainArguments, emit: Emit, *, keeps_memory: bool = False) ->
     base = base_model.resolve_base(arguments.model, lambda text: emit(TrainingEvent(event="note", message=text)))
     tokenizer = base_model.load_tokenizer(base)
     template = ChatTemplate(tokenizer)
-    rows = build_rows(samples, template, arguments.max_seq_length)
-    emit(TrainingEvent(event="data", data=rows.report))
-    measured = spread(_held_out_rows(held_out_samples, template, arguments, emit), arguments.held_out_tokens)
+    made = build_units(samples, template, arguments.max_seq_length, method=arguments.method, long=arguments.long)
+    emit(TrainingEvent(event="data", data=made.report))
+    measured = spread(_held_out_units(held_out_samples, template, arguments, emit), arguments.held_out_tokens)
+    data = Data.of(made.units, measured, arguments)
 
     device = base_model.choose_device()
     dtype = base_model.choose_dtype(arguments.dtype, device)
     emit(TrainingEvent(event="note", message=f"base {base.name} in {dtype} on {device}, {_describe_process(keeps_memory=keeps_memory)}"))
     model = base_model.load_model(base, dtype).to(device)
-    model = loop.new_adapter(model, arguments.rank, arguments.alpha, arguments.dropout, arguments.seed)
-    engine = open_engine(model, rows.rows, arguments, emit, measured=measured)
-    before = _measure(engine, measured, emit, "before")
+    model = loop.new_adapter(model, arguments.rank, arguments.alpha, _dropout(arguments, emit), arguments.seed)
+    engine = open_engine(model, data.load(arguments.batch_size * arguments.grad_accum), arguments, emit)
     if arguments.verify:
-        verify(model, engine, rows.rows, arguments, emit)
-    history = loop.train(model, engine, rows.rows, loop_settings(arguments), emit)
-    after = _measure(engine, measured, emit, "after")
+        verify(model, engine, made.units, arguments, emit)
+    training, measuring = open_objectives(engine, data, arguments, base.sha256, emit)
+    before = _measure(engine, measuring, measured, emit, "before")
+    history = loop.train(loop.Run(model, engine, training), made.units, loop_settings(arguments), emit)
+    after = _measure(engine, measuring, measured, emit, "after")
 
     record = TrainingRecord(
         base_model=base.name,
@@ -67,20 +70,23 @@ def run(arguments: TrainArguments, emit: Emit, *, keeps_memory: bool = False) ->
         base_source=base.source,
         data_sha256=file_sha256(arguments.data),
         held_out_sha256=file_sha256(arguments.held_out) if arguments.held_out else None,
+        method=arguments.method,
         settings={field.name: _plain(getattr(arguments, field.name)) for field in fields(arguments) if field.name not in _PATHS},
         seed=arguments.seed,
         dtype=dtype,
         device=device,
         versions=_versions(),
-        data=rows.report,
-        samples_trained=rows.count_samples(history.used),
-        used_episode_ids=rows.used_episode_ids(history.used),
-        refused=[RefusedSample(episode_id=r.episode_id, reason=r.reason, detail=r.detail) for r in rows.refusals],
+        data=made.report,
+        samples_trained=made.count_samples(history.used),
+        used_episode_ids=made.used_episode_ids(history.used),
+        refused=[RefusedSample(episode_id=r.episode_id, reason=r.reason, detail=r.detail) for r in made.refusals],
         steps=len(history.losses),
         final_loss=_final_loss(history.losses),
-        held_out_loss_before=before,
-        held_out_loss_after=after,
-        held_out_rows=len(measured),
+        held_out_loss_before=before.loss if before else None,
+        held_out_loss_after=after.loss if after else None,
+        held_out_accuracy_before=before.accuracy if before else None,
+        held_out_accuracy_after=after.accuracy if after else None,
+        held_out_rows=sum(len(unit.rows) for unit in measured),
         loss_history=history.losses,
         training_time_secs=round(time.monotonic() - started, 3),
         peak_memory_mb=loop.peak_memory_mb(),
@@ -110,22 +116,30 @@ def _save(model: Any, base: base_model.BaseModel, record: TrainingRecord, output
             os.chmod(file, 0o644)  # PEFT makes the weights unreadable to others, so that a server under another user fails
 
 
-def _measure(engine: loop.Engine, rows: list[Row], emit: Emit, when: str) -> float | None:
-    if not rows:
+def _measure(engine: Engine, objective: Objective, units: list[Unit], emit: Emit, when: str) -> Measure | None:
+    if not units:
         return None
-    loss = loop.mean_loss(engine, rows)
-    if not math.isfinite(loss):
-        raise LoraTrainerError(f"the held-out loss {when} training is {loss}; lower the learning rate, or look at the base model")
-    emit(TrainingEvent(event="held_out", message=when, loss=loss))
-    return loss
+    measure = objective.measure(engine, units)
+    if not math.isfinite(measure.loss):
+        raise LoraTrainerError(f"the held-out loss {when} training is {measure.loss}; lower the learning rate, or look at the base model")
+    emit(TrainingEvent(event="held_out", message=when, loss=measure.loss, accuracy=measure.accuracy, margin=measure.margin))
+    return measure
 
 
-def _held_out_rows(samples: list[TrainingData], template: ChatTemplate, arguments: TrainArguments, emit: Emit) -> list[Row]:
-    """The rows to measure on; none, with a warning, when no sample gives one: that is no reason not to train."""
+def _dropout(arguments: TrainArguments, emit: Emit) -> float:
+    """None for dpo and kto, which compare the model with its reference: noise on one side only would count as a gain or a loss."""
+    if arguments.method in ("dpo", "kto") and arguments.dropout:
+        emit(TrainingEvent(event="note", message=f"{arguments.method} trains without dropout, which would be noise in its rewards"))
+        return 0.0
+    return arguments.dropout
+
+
+def _held_out_units(samples: list[TrainingData], template: ChatTemplate, arguments: TrainArguments, emit: Emit) -> list[Unit]:
+    """The units to measure on; none, with a warning, when no sample gives one: that is no reason not to train."""
     if not samples:
         return []
     try:
-        return build_rows(samples, template, arguments.max_seq_length).rows
+        return build_units(samples, template, arguments.max_seq_length, method=arguments.method, long=arguments.long).units
     except EmptyData as error:
         emit(TrainingEvent(event="warning", message=f"nothing is measured on held-out tasks: {error}"))
         return []

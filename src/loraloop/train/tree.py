@@ -45,6 +45,8 @@ class TokenTree:
     target_tokens: Ints  # (targets,)
     target_weights: Floats  # (targets,)
     target_samples: Ints  # (targets,) index into the samples that the tree was built from
+    n_samples: int
+    """Samples that it was built from, also those without a supervised token."""
     n_logical: int
     """Tokens of the samples, counted once for each sample that has them."""
 
@@ -121,6 +123,7 @@ def build_tree(rows: Sequence[Row]) -> TokenTree:
         target_tokens=targets[by_row],
         target_weights=weights[by_row],
         target_samples=samples[by_row],
+        n_samples=len(rows),
         n_logical=sum(len(row.ids) for row in rows),
     )
 
