@@ -19,9 +19,16 @@ from loraloop.training_data import TrainingData
 
 ROOM = 1_000_000
 FAMILIES = ["chatml", "llama3.1", "qwen2.5", "qwen3", "lfm2-calls", "lfm2.5", "deepseek-v3.1", "deepseek-r1", "mistral", "gemma"]
-STEPS = {"gemma": [], "mistral": ["call", "two calls"], "qwen3": ["call", "say and call", "two calls"]}
+_CALLS = ["call", "say and call", "two calls"]
+STEPS = {"gemma": [], "mistral": ["call", "two calls"], "qwen3": _CALLS, "deepseek-v3.1": _CALLS, "deepseek-r1": _CALLS}
 LAST = {"gemma": ["say"], "mistral": ["say"]}
-OPENINGS = {"gemma": [[]], "mistral": [[]], "llama3.1": [[], ["system"]]}
+OPENINGS = {
+    "gemma": [[]],
+    "mistral": [[]],
+    "llama3.1": [[], ["system"]],
+    "qwen3": [[], ["system"], ["system", "say"], ["system", "system"]],
+    "deepseek-r1": [[], ["system"], ["system", "say"]],  # of several system turns it shows the last
+}
 
 
 def build(rounds: list[tuple[list[str], str]], words: list[str], *, opening: list[str], tools: bool) -> TrainingData:
