@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from loraloop.learn.outcome_rules import OutcomeSettings, to_markdown
 from loraloop.lora.config import LoraTrainerConfig, TrainOptions
 
 REFERENCE = Path(__file__).parent / "reference"
@@ -36,20 +37,39 @@ def settings_page() -> str:
     """The fields of the trainer's configuration, with the string under each as its description."""
     parts = ["# Settings\n\nWritten by `make docs` from `loraloop.lora.config`. Every value is checked when it is set.\n"]
     for kind in (LoraTrainerConfig, TrainOptions):
-        rows = [f"| `{field.name}` | `{field.default!r}` | {_description(kind, field.name)} |" for field in dataclasses.fields(kind)]
-        parts.append(f"## {kind.__name__}\n\n{inspect.getdoc(kind)}\n\n| field | default | |\n|---|---|---|\n" + "\n".join(rows) + "\n")
+        rows = "\n".join(_rows(kind))
+        parts.append(f"## {kind.__name__}\n\n{inspect.getdoc(kind)}\n\n| field | default | |\n|---|---|---|\n{rows}\n")
     return "\n".join(parts)
+
+
+def outcomes_page() -> str:
+    """What each outcome means to each method, and what may be set about it."""
+    intro = (
+        "# Outcomes\n\nWritten by `make docs` from `loraloop.learn.outcome_rules`: what each outcome of an episode means to each method.\n"
+        "A name in backquotes alone is the reason code of a refusal. An episode with a score outside `score_range` is refused as\n"
+        "`score_outside_scale`, whatever the method. Scores count as their place on that scale, 0 to 1.\n"
+    )
+    return "\n".join([intro, to_markdown(), "\n| setting | default | |\n|---|---|---|", *_rows(OutcomeSettings), ""])
 
 
 def pages() -> dict[Path, str]:
     """What each reference page should hold."""
-    return {REFERENCE / "cli.md": cli_page(), REFERENCE / "settings.md": settings_page()}
+    return {
+        REFERENCE / "cli.md": cli_page(),
+        REFERENCE / "settings.md": settings_page(),
+        REFERENCE / "outcomes.md": outcomes_page(),
+    }
 
 
 def _help(arguments: list[str]) -> str:
     environment = {**os.environ, "COLUMNS": "110", "TERM": "dumb", "NO_COLOR": "1"}
     done = subprocess.run([sys.executable, *arguments, "--help"], capture_output=True, text=True, check=True, env=environment)
     return "\n".join(line.rstrip() for line in done.stdout.replace("python -m loraloop", "loraloop").strip().splitlines())
+
+
+def _rows(kind: type) -> list[str]:
+    """A row of a table for each field of a dataclass of settings."""
+    return [f"| `{field.name}` | `{field.default!r}` | {_description(kind, field.name)} |" for field in dataclasses.fields(kind)]
 
 
 def _description(kind: type, name: str) -> str:

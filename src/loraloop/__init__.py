@@ -9,6 +9,11 @@ from typing import TYPE_CHECKING, Any
 from loraloop.episode import Episode, EpisodeFilter, EpisodeId, EpisodeMetadata, Failure, Outcome, Success, Timeout, Unknown
 from loraloop.errors import EmptyData, LoraLoopError, LoraTrainerError, ProcessFailed, ScriptNotFound, StoreError
 from loraloop.learn.conversation import ConversationLearn
+from loraloop.learn.dependency_graph import DependencyGraphLearn
+from loraloop.learn.kto import KtoLearn
+from loraloop.learn.preference import PreferenceLearn
+from loraloop.learn.weighted import WeightedLearn
+from loraloop.learn.worker_decision import WorkerDecisionSequenceLearn
 from loraloop.learn.worker_task import WorkerTaskLearn
 from loraloop.lora.config import LoraTrainerConfig
 from loraloop.lora.model import LoraModelId, TrainedModel, TrainingMetrics
@@ -24,6 +29,7 @@ __all__ = [
     "Conversation",
     "ConversationLearn",
     "ConversationRole",
+    "DependencyGraphLearn",
     "EmptyData",
     "Episode",
     "EpisodeFilter",
@@ -32,6 +38,7 @@ __all__ = [
     "EpisodeStore",
     "Failure",
     "InMemoryEpisodeStore",
+    "KtoLearn",
     "LearnModel",
     "LoraLoopError",
     "LoraModelId",
@@ -39,6 +46,7 @@ __all__ = [
     "LoraTrainerConfig",
     "LoraTrainerError",
     "Outcome",
+    "PreferenceLearn",
     "ProcessFailed",
     "ScriptNotFound",
     "SqlEpisodeStore",
@@ -49,6 +57,8 @@ __all__ = [
     "TrainingData",
     "TrainingMetrics",
     "Unknown",
+    "WeightedLearn",
+    "WorkerDecisionSequenceLearn",
     "WorkerTaskLearn",
 ]
 

@@ -211,7 +211,23 @@ class LlmCallRecord(Record):
     error: str | None = None
 
 
-AnyRecord = Annotated[ActionRecord | LlmCallRecord, Field(discriminator="kind")]
+class DependencyGraphRecord(Record):
+    """A model was asked in which order actions depend on one another, and what was read from its answer."""
+
+    kind: Literal["dependency_graph"] = "dependency_graph"
+    prompt: str
+    response: str
+    available_actions: tuple[str, ...] = ()
+    discover_order: tuple[str, ...] = ()
+    """Actions that find something out, in the order to take them."""
+    not_discover_order: tuple[str, ...] = ()
+    """Actions that use what was found, in the order to take them."""
+    model: str = ""
+    latency_ms: int = Field(default=0, ge=0)
+    error: str | None = None
+
+
+AnyRecord = Annotated[ActionRecord | LlmCallRecord | DependencyGraphRecord, Field(discriminator="kind")]
 """The union as a field type: read from JSON by its `kind`."""
 
 

@@ -72,7 +72,7 @@ def test_an_empty_file_has_no_entries(store, write):
 
 def test_the_format_can_be_said(store, write):
     assert ingest_file(store, write("not json"), format_name="openai").refused == {"bad_json": 1}
-    with pytest.raises(SettingsError, match="no importer named 'tau_bench'; known: openai, tau-bench"):
+    with pytest.raises(SettingsError, match=r"no importer named 'tau_bench'; known: alpaca, intercode, openai, .*Did you mean tau-bench"):
         ingest_file(store, write("[]"), format_name="tau_bench")
 
 
@@ -111,7 +111,7 @@ def test_an_unknown_format_is_refused_with_all_known_ones(write):
     assert r"starts with PK\x03\x04\x00" in message
     for name in list_names("importers"):
         assert f"  {name}: {find('importers', name).description}" in message
-    assert len(message) < 1000
+    assert len(message) < 2000
 
 
 def test_files_that_cannot_be_opened_are_named(tmp_path):
@@ -139,7 +139,7 @@ def test_missing_paths_are_named_with_their_neighbours(tmp_path):
     with pytest.raises(ImportFailed, match="there is no directory"):
         iter_files([tmp_path / "no" / "x.json"])
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ImportFailed, match=r"no file \*\.json or \*\.jsonl in it"):
+    with pytest.raises(ImportFailed, match=r"no file \*\.json or \*\.jsonl or \*\.traj in it"):
         iter_files([tmp_path / "empty"])
 
 
@@ -150,9 +150,15 @@ def test_real_files_are_told_apart(shared_data):
             formats[path.relative_to(shared_data).as_posix()] = detect(path).name
         except ImportFailed:
             continue
-    assert formats == {
-        "openai_ft/fireact_hotpotqa.jsonl": "openai",
-        "openai_ft/tau2_train_sft-v1-small.jsonl": "openai",
-        "sharegpt/mllm_demo.json": "openai",
-        "tau_bench/gpt-4o-airline.json": "tau-bench",
+    by_format = {
+        "alpaca": ["alpaca/fireact_hotpotqa.json"],
+        "intercode": [name for name in formats if name.startswith("intercode/")],
+        "openai": ["openai_ft/fireact_hotpotqa.jsonl", "openai_ft/tau2_train_sft-v1-small.jsonl", "sharegpt/mllm_demo.json"],
+        "sharegpt": ["sharegpt/glaive_toolcall_en_demo.json"],
+        "swe-agent": [name for name in formats if name.startswith("swe_agent/")],
+        "tau-bench": ["tau_bench/gpt-4o-airline.json"],
+        "verifiers": [name for name in formats if name.startswith("verifiers/")],
+        "who-and-when": [name for name in formats if name.startswith("who_and_when/")],
     }
+    assert {name: [path for path, found in formats.items() if found == name] for name in set(formats.values())} == by_format
+    assert [len(by_format[name]) for name in ("intercode", "swe-agent", "verifiers", "who-and-when")] == [4, 22, 6, 30]

@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 
 from loraloop.episode import ActionRecord, EpisodeMetadata, Failure, LlmCallRecord, Message, Success, Timeout, Unknown
-from loraloop.learn.conversation import ConversationLearn, split_key
+from loraloop.learn.conversation import ConversationLearn
+from loraloop.learn.transcript import split_key
 from loraloop.plugins import LearnModel, find
 from loraloop.testing import make_episode
 from loraloop.training_data import Refusal, TrainingData
@@ -30,7 +31,7 @@ def test_it_is_found_by_its_name():
     [
         (Success(1.0), {}, None),
         (Success(0.0), {}, None),
-        (Success(-1.0), {}, "score_below_minimum"),
+        (Success(-1.0), {}, "score_outside_scale"),
         (Success(0.5), {"min_score": 0.5}, None),
         (Success(0.49), {"min_score": 0.5}, "score_below_minimum"),
         (Success(0.49), {"min_score": 0.5, "include_timeouts": True}, "score_below_minimum"),
@@ -149,5 +150,7 @@ def test_failed_calls_and_other_records_give_no_episode():
 
 def test_an_episode_built_from_calls_is_not_learned_before_somebody_judges_it():
     (episode,) = ConversationLearn().build_episodes([llm_call(task_id="egg")])
-    assert ConversationLearn().convert(episode).reason == "outcome_unknown"
-    assert ConversationLearn().convert(episode.model_copy(update={"outcome": Success()})).messages == (ASK, ANSWER)
+    assert ConversationLearn().convert(episode).reason == "episode_open"
+    closed = episode.model_copy(update={"is_open": False})
+    assert ConversationLearn().convert(closed).reason == "outcome_unknown"
+    assert ConversationLearn().convert(closed.model_copy(update={"outcome": Success()})).messages == (ASK, ANSWER)

@@ -36,10 +36,18 @@ def test_actions_are_grouped_by_task_in_order():
     assert all(episode.learn_model == "worker_task" for episode in episodes)
 
 
-def test_an_open_task_gives_no_episode():
-    assert WorkerTaskLearn().build_episodes([act("look"), act("take"), act("done", "another")])[0].task_id == "another"
-    assert WorkerTaskLearn().build_episodes([act("look")]) == []
+def test_a_task_without_done_stays_open():
+    open_one, closed = WorkerTaskLearn().build_episodes([act("look"), act("take"), act("done", "another")])
+    assert (open_one.is_open, open_one.outcome, len(open_one.records)) == (True, Unknown(), 2)
+    assert (closed.task_id, closed.is_open) == ("another", False)
+    assert WorkerTaskLearn().convert(open_one).reason == "episode_open"
     assert WorkerTaskLearn().build_episodes([]) == []
+
+
+def test_what_comes_after_done_is_another_run_of_the_task():
+    first, second = WorkerTaskLearn().build_episodes([*RUN, act("look", timestamp_ms=300)])
+    assert (first.is_open, list(first.records)) == (False, RUN)
+    assert (second.is_open, len(second.records)) == (True, 1)
 
 
 def test_actions_of_no_task_and_other_records_are_left_out():
@@ -137,8 +145,8 @@ def test_the_least_number_of_actions_is_checked():
         WorkerTaskLearn(min_actions=0)
 
 
-def test_an_episode_of_messages_is_another_learn_models():
-    assert WorkerTaskLearn().convert(make_episode()).reason == "no_actions"
+def test_an_episode_without_anything_is_refused():
+    assert WorkerTaskLearn().convert(make_episode(messages=())).reason == "no_actions"
 
 
 def test_the_recorders_weight_is_kept_and_zero_refused():

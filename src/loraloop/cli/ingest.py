@@ -20,7 +20,9 @@ def register(app: typer.Typer) -> None:
 
 
 def ingest(
-    paths: Annotated[list[Path], typer.Argument(help="Files, or directories to search for *.json and *.jsonl.", show_default=False)],
+    paths: Annotated[
+        list[Path], typer.Argument(help="Files, or directories to search for *.json, *.jsonl and *.traj.", show_default=False)
+    ],
     project: ProjectOption = DEFAULT_PROJECT,
     format_name: Annotated[str | None, typer.Option("--format", help="The files' format, when it cannot be told from them.")] = None,
     as_json: JsonOption = False,

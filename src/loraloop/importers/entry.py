@@ -105,6 +105,38 @@ def find_finite(value: object) -> float | None:
     return number if math.isfinite(number) else None
 
 
+def require_object(value: object, keys: Iterable[str], example: str) -> dict[str, object]:
+    """`value` as an object that has all `keys`; refused as `bad_shape` otherwise. `example` says what an entry looks like."""
+    if isinstance(value, dict) and all(key in value for key in keys):
+        return value
+    found = f"keys {show(sorted(value))}" if isinstance(value, dict) else show(value)
+    raise EntryRefused("bad_shape", found, example, "write the entry so, or give the file's own --format")
+
+
+def find_id(row: dict[str, object], key: str) -> str | None:
+    """The name or number under `key` as text; None when there is none. Refused as `bad_shape` when it is something else."""
+    value = row.get(key)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | str) or value == "":
+        raise EntryRefused("bad_shape", f"{key} = {show(value)}", "an integer or a name", f"write `{key}` as one of these")
+    return str(value)
+
+
+def require_text(row: dict[str, object], key: str) -> str:
+    """The text under `key`; refused as `bad_shape` when there is none."""
+    value = row.get(key)
+    if not isinstance(value, str):
+        raise EntryRefused("bad_shape", f"{key} = {show(value)}", "text", f"write `{key}` as text")
+    return value
+
+
+def to_tags(format_name: str, ignored: Iterable[str] = (), **said: object) -> dict[str, str]:
+    """The tags of an imported episode, sorted: its format, what was `said` besides the messages (None is not), what was ignored."""
+    tags = {key: value if isinstance(value, str) else canonical_json(value) for key, value in said.items() if value is not None}
+    return dict(sorted({**tags, "format": format_name, **ignored_tag(ignored)}.items()))
+
+
 def show(value: object) -> str:
     """`value` for a message: as JSON where it can be, cut to `MAX_SHOWN_CHARS`, safe to print on any terminal."""
     try:

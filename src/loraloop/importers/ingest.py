@@ -26,7 +26,7 @@ BATCH_ENTRIES = 200
 """How many entries are read before their episodes are stored together."""
 MAX_REFUSALS = 20
 """How many refusals a report keeps in full; all are counted."""
-SUFFIXES = (".json", ".jsonl")
+SUFFIXES = (".json", ".jsonl", ".traj")
 """The files that a directory is searched for."""
 
 
@@ -112,7 +112,7 @@ def detect(path: Path) -> Importer:
 
 
 def iter_files(paths: Iterable[Path]) -> list[Path]:
-    """The files among and under `paths`, each once: a file as given, a directory's *.json and *.jsonl at any depth, sorted.
+    """The files among and under `paths`, each once: a file as given, a directory's files with one of `SUFFIXES` at any depth, sorted.
 
     Raises ImportFailed for a path that is not there, with the names near to it, and for a directory without such files.
     """

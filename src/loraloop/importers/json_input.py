@@ -106,6 +106,12 @@ def first_object_keys(head: str) -> set[str]:
     return keys
 
 
+def opening_keys(head: str) -> list[set[str]]:
+    """`first_object_keys` of `head` and of every further line that begins an object, as the first line may be broken or blank."""
+    openings = [head, *(line for line in head.splitlines() if line.startswith("{"))]
+    return [keys for keys in map(first_object_keys, openings) if keys]
+
+
 _LINE_ADVICE = "repair or delete it; if the file is still being written, ingest it again when it is complete"
 _WHOLE_ADVICE = "check that the file is complete; if a run is still writing it, wait for its end"
 

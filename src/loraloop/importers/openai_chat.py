@@ -7,24 +7,26 @@ What a line says beyond messages, tools and task becomes tags; nothing is droppe
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import ClassVar, cast
 
 from pydantic import JsonValue
 
-from loraloop.episode import Episode, EpisodeMetadata, Success
+from loraloop.episode import Episode, EpisodeMetadata, Message, Success
 from loraloop.files import canonical_json
 from loraloop.importers.entry import EntryRefused, convert_entries, find_finite, ignored_tag, require_clean, show
-from loraloop.importers.json_input import count_entries, first_object_keys, iter_entries
+from loraloop.importers.json_input import count_entries, iter_entries, opening_keys
+from loraloop.importers.null_padding import without_padded_arguments, without_padding
 from loraloop.importers.openai_messages import take_messages, take_tools
+from loraloop.importers.react import has_observation
 from loraloop.training_data import Refusal
 
 MAX_TAG_CHARS = 1000
 """An unknown key whose value, as JSON, is this long or longer is named in the tag `ignored_keys` and not kept."""
 
 _KNOWN = {"messages", "tools", "functions", "weight", "task_id"}
-_OWN_TAGS = {"format", "outcome_from", "ignored_keys"}
+_OWN_TAGS = {"format", "outcome_from", "ignored_keys", "decoded_arguments", "padded_keys_removed"}
 _VERDICTS = {"reward", "reward_info", "outcome", "success", "kto_tag", "is_correct"}
 _PREFERENCES = {"rejected_message", "rejected", "chosen", "preferred_output", "non_preferred_output"}
 _MEDIA = {"images", "videos", "audios"}
@@ -41,8 +43,7 @@ class OpenAIChatImporter:
         """True for objects with `messages` on their first level, and for an empty `.jsonl`, which is data with no lines."""
         if not head.strip("\ufeff \t\r\n"):
             return path.suffix.lower() == ".jsonl"
-        openings = [head, *(line for line in head.splitlines() if line.startswith("{"))]
-        return any("messages" in keys and not keys & _OTHER_FORMATS for keys in map(first_object_keys, openings))
+        return any("messages" in keys and not keys & _OTHER_FORMATS for keys in opening_keys(head))
 
     def count(self, path: Path) -> int | None:
         """The number of lines that are not blank; None for a JSON list."""
@@ -60,20 +61,34 @@ def _to_episode(row: object) -> Episode:
     weight = _find_weight(row.get("weight"))
     require_clean({key: value for key, value in row.items() if key != "weight"})
     _require_demonstration(row)
-    taken = take_messages(row["messages"], "messages")
+    tools, n_keys = without_padding(take_tools(row.get("tools"), row.get("functions")))
+    raw, n_arguments = without_padded_arguments(row["messages"], tools)
+    taken = take_messages(raw, "messages")
+    require_own_words(taken.messages)
     extra, ignored = _other_keys(row)
     task_id = _find_task_id(row)
+    notes = {"decoded_arguments": taken.n_decoded, "padded_keys_removed": n_keys + n_arguments}
     tags = {"format": OpenAIChatImporter.name, "outcome_from": "format", **extra, **ignored_tag(taken.ignored | ignored)}
+    tags |= {name: str(count) for name, count in notes.items() if count}
     if weight is not None:
         tags["weight"] = str(weight)
     return Episode(
         task_id=task_id,
         group_id=task_id,
         messages=tuple(taken.messages),
-        tools=cast("tuple[dict[str, JsonValue], ...]", take_tools(row.get("tools"), row.get("functions"))),
+        tools=cast("tuple[dict[str, JsonValue], ...]", tools),
         outcome=Success(1.0),
         metadata=EpisodeMetadata(tags=dict(sorted(tags.items()))),
     )
+
+
+def require_own_words(messages: Sequence[Message]) -> None:
+    """Refuse turns to be learned that hold an observation after an action: it would teach the agent to make up observations."""
+    for number, message in enumerate(messages, 1):
+        if message.is_agent and message.weight and has_observation(message.content or ""):
+            found = f"an Observation behind an Action inside message {number}, a turn of the agent: {show(message.content)}"
+            advice = "put each observation into a turn of the user, or its `weight` to 0"
+            raise EntryRefused("observation_in_agent_turn", found, "only the agent's own words in its turns", advice)
 
 
 def _require_demonstration(row: dict[str, object]) -> None:

@@ -3,12 +3,13 @@
 Taken over means verbatim: content null or "" (absent is null), repeated and missing tool-call ids, arguments as the JSON text
 that the agent wrote. Only other spellings of the same thing change: role `developer` is `system`, role `function` is `tool`,
 the old `function_call` is a tool call without an id, a list of text parts is their text, arguments given as an object are the
-JSON text of it. What a Message has no place for is refused when the agent saw or said it (images, audio, refusals), and
-named in the tags otherwise.
+JSON text of it, and arguments that were encoded twice are decoded once and counted. What a Message has no place for is refused
+when the agent saw or said it (images, audio, refusals), and named in the tags otherwise.
 """
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from typing import Literal, cast
 
@@ -27,28 +28,38 @@ _ROLES: dict[object, Role] = {
     "function": "tool",
 }
 _SAID_ELSEWHERE = ("refusal", "audio")
-_MESSAGE_KEYS = {"role", "content", "name", "tool_calls", "tool_call_id", "function_call", "weight", "is_demo", *_SAID_ELSEWHERE}
+_MESSAGE_KEYS = {"role", "content", "name", "tool_calls", "tool_call_id", "function_call", "weight", "is_demo", "author", *_SAID_ELSEWHERE}
 _CALL_KEYS = {"id", "type", "function"}
 
 
 @dataclass
 class Taken:
-    """The messages of one entry, and the keys in them whose values were left behind, such as `messages.reasoning_content`."""
+    """The messages of one entry, the keys in them whose values were left behind, such as `messages.reasoning_content`, and how many
+    calls had their arguments encoded twice.
+    """
 
     messages: list[Message] = field(default_factory=list)
     ignored: set[str] = field(default_factory=set)
+    n_decoded: int = 0
+
+    @property
+    def decoded_arguments(self) -> int | None:
+        """`n_decoded` as a tag: None, which is no tag, when there were none."""
+        return self.n_decoded or None
 
 
 def take_messages(raw: object, key: str) -> Taken:
     """The messages in `raw`, the value of an entry's `key`: one at least is the agent's, and tool results pair with calls.
 
-    Refused as bad_shape, bad_weight, unsupported_content, no_agent_turn, unpaired_tool_result or unanswered_tool_call.
+    Refused as bad_shape, bad_arguments, bad_weight, unsupported_content, no_agent_turn, unpaired_tool_result or unanswered_tool_call.
     """
     if not isinstance(raw, list):
         raise EntryRefused("bad_shape", f"{key} = {show(raw)}", "a list of messages", f"write `{key}` as a list of objects")
     taken = Taken()
     for number, item in enumerate(raw, 1):
-        taken.messages.append(_to_message(item, f"{key} {number}"))
+        message, n_decoded = _decode_twice_encoded(_to_message(item, f"{key} {number}"), f"{key} {number}")
+        taken.messages.append(message)
+        taken.n_decoded += n_decoded
         taken.ignored |= _ignored_keys(item, key)
     if not any(message.is_agent for message in taken.messages):
         found = f"{len(raw)} messages, none of them a turn of the agent"
@@ -123,6 +134,7 @@ def _to_message(raw: object, place: str) -> Message:
         tool_calls=calls,
         tool_call_id=_text_or_none(raw, "tool_call_id", place),
         is_demo=_to_flag(raw, "is_demo", place),
+        author=_text_or_none(raw, "author", place) or None,
         weight=_to_weight(raw.get("weight"), place),
     )
 
@@ -165,6 +177,43 @@ def _to_function(raw: object, place: str) -> FunctionCall:
     if not isinstance(name, str) or not isinstance(arguments, str):
         raise _bad_shape(f"function {show(raw)} in {place}", '{name, arguments}, arguments as JSON text ("{}" for none)')
     return FunctionCall(name=name, arguments=arguments)
+
+
+def _decode_twice_encoded(message: Message, place: str) -> tuple[Message, int]:
+    """(the message, how many of its calls were decoded): arguments that are JSON text of JSON text of an object.
+
+    What is inside is kept to the letter. JSON text of a plain string is refused as `bad_arguments`, as it names no parameter; other
+    text, broken JSON too, is what the agent wrote.
+    """
+    texts = [_inner_text(call, place) for call in message.tool_calls]
+    if not any(texts):
+        return message, 0
+    calls = [
+        call if text is None else call.model_copy(update={"function": FunctionCall(name=call.function.name, arguments=text)})
+        for call, text in zip(message.tool_calls, texts, strict=True)
+    ]
+    return message.model_copy(update={"tool_calls": tuple(calls)}), sum(text is not None for text in texts)
+
+
+def _inner_text(call: ToolCall, place: str) -> str | None:
+    """The JSON text of an object inside arguments that are a JSON string, None when they are none."""
+    text = call.function.arguments
+    if not text.lstrip().startswith('"'):
+        return None
+    value: object = text
+    while isinstance(value, str):
+        text = value
+        try:
+            value = json.loads(text)
+        except (ValueError, RecursionError):
+            break
+    if isinstance(value, dict):
+        return text
+    if text == call.function.arguments:  # not JSON at all
+        return None
+    found = f"the arguments {show(call.function.arguments)} of {show(call.function.name)} in {place}"
+    advice = "write each parameter under its name"
+    raise EntryRefused("bad_arguments", found, "JSON text of an object, encoded once", advice)
 
 
 def _text_or_none(raw: dict[str, object], key: str, place: str) -> str | None:

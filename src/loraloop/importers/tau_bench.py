@@ -13,7 +13,7 @@ from typing import ClassVar
 
 from loraloop.episode import AnyOutcome, Episode, EpisodeMetadata, Failure, Success, Unknown
 from loraloop.errors import ImportFailed
-from loraloop.importers.entry import Entry, EntryRefused, convert_entries, find_finite, ignored_tag, require_clean, show
+from loraloop.importers.entry import Entry, EntryRefused, convert_entries, find_finite, find_id, ignored_tag, require_clean, show
 from loraloop.importers.json_input import first_object_keys, load_document
 from loraloop.importers.openai_messages import take_messages
 from loraloop.training_data import Refusal
@@ -55,13 +55,15 @@ def _to_episode(run: object) -> Episode:
         raise EntryRefused("bad_shape", keys, "{task_id, reward, info, traj, trial}", "give a results file of tau-bench")
     _require_whole_run(run.get("info"))
     require_clean([run.get("task_id"), run.get("trial"), run["traj"], *run])
-    task_id, trial = _to_id(run, "task_id"), _to_id(run, "trial")
+    task_id, trial = find_id(run, "task_id"), find_id(run, "trial")
     if task_id is None:
         raise EntryRefused("bad_shape", "no task_id", "the task's number or name", "add it: attempts at one task are compared")
     taken = take_messages(run["traj"], "traj")
     tags = {"format": TauBenchImporter.name, **ignored_tag(taken.ignored | (run.keys() - _KNOWN))}
     if trial is not None:
         tags["trial"] = trial
+    if taken.n_decoded:
+        tags["decoded_arguments"] = str(taken.n_decoded)
     return Episode(
         task_id=task_id,
         group_id=task_id,
@@ -77,15 +79,6 @@ def _require_whole_run(info: object) -> None:
     if error:
         found = f"a run that an exception ended: {show(error)}"
         raise EntryRefused("run_error", found, "a run that came to its end", "run the task again: this says nothing of the agent")
-
-
-def _to_id(run: dict[str, object], key: str) -> str | None:
-    value = run.get(key)
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, int | str) or value == "":
-        raise EntryRefused("bad_shape", f"{key} = {show(value)}", "an integer or a name", f"write `{key}` as tau-bench does")
-    return str(value)
 
 
 def _to_outcome(reward: object) -> AnyOutcome:

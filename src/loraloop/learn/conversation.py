@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
-from loraloop.episode import CONVERSATION, AnyRecord, Episode, LlmCallRecord, Outcome, Unknown
-from loraloop.learn.outcome_rules import refusal_for_outcome, sample_weight
-from loraloop.training_data import Method, Refusal, TrainingData
+from loraloop.episode import CONVERSATION, ActionRecord, AnyRecord, Episode, Failure, LlmCallRecord, Message, Outcome, Success, Unknown
+from loraloop.learn.outcome_rules import OutcomeSettings
+from loraloop.learn.record_stream import RecordStream, is_done
+from loraloop.learn.transcript import Transcript, TranscriptLearn, conversation_of, longest_call
+from loraloop.training_data import Refusal
 
 
-class ConversationLearn:
+class ConversationLearn(TranscriptLearn):
     """A whole tool-calling conversation is one sample; its agent turns carry loss, everything else is context.
 
-    `min_score` is the least score of a Success that is learned. Timeouts are learned only with `include_timeouts`; failures and
-    unknown outcomes never are.
+    Where the calls of an episode do not continue one another message for message, as after a context was compacted, each call is a
+    sample with its own answer. `min_score` is the least score that is learned, on the scale `score_range`; timeouts are learned
+    only with `include_timeouts`, failures and unknown outcomes never.
     """
 
-    def __init__(self, min_score: float = 0.0, *, include_timeouts: bool = False) -> None:
-        self.min_score = min_score
-        self.include_timeouts = include_timeouts
+    def __init__(self, min_score: float = 0.0, *, include_timeouts: bool = False, score_range: tuple[float, float] = (0.0, 1.0)) -> None:
+        self.outcomes = OutcomeSettings(min_score=min_score, score_range=score_range, include_timeouts=include_timeouts)
+        self.stream = _Calls()
 
     @property
     def name(self) -> str:
@@ -30,66 +33,42 @@ class ConversationLearn:
         """One sentence for people."""
         return "Answer and call tools as in the conversations that ended well."
 
-    @property
-    def method(self) -> Method:
-        """Trained by likelihood."""
-        return "sft"
+    def transcripts(self, episode: Episode) -> tuple[Transcript, ...] | Refusal:
+        """The messages as they are, or one transcript a call; `no_messages` when there are neither."""
+        return conversation_of(episode)
 
-    def build_episodes(self, records: Iterable[AnyRecord]) -> list[Episode]:
-        """One episode for each task: the last call's whole history and its response, as the longest telling of the task.
 
-        Calls without a task id stand for themselves. How a task ended is not in its calls, so the outcome is Unknown.
-        """
-        last: dict[str, list[LlmCallRecord]] = {}
-        for number, record in enumerate(records):
-            if isinstance(record, LlmCallRecord) and record.error is None:
-                last.setdefault(record.task_id or f"call {number}", []).append(record)
-        return [self._episode(calls) for calls in last.values()]
+class _Calls(RecordStream):
+    """One episode for each task: its calls, told by the one with the longest history.
+
+    An action `done` of the task ends it and says how it ended; without one it stays open until somebody closes it, as calls do not
+    say which is the last. A call without a task stands for itself. Calls that failed have no answer and are left out.
+    """
+
+    name = CONVERSATION
+
+    def key(self, record: AnyRecord) -> str | None:
+        """The task; "" for a call without one."""
+        if isinstance(record, LlmCallRecord) and record.error is None:
+            return "" if record.task_id is None else f"task {record.task_id}"
+        return f"task {record.task_id}" if is_done(record) and record.task_id is not None else None
+
+    def begins(self, record: AnyRecord) -> bool:
+        """A call does; `done` does not."""
+        return isinstance(record, LlmCallRecord)
+
+    def ends_with(self, record: AnyRecord) -> bool:
+        """`done`, and a call without a task."""
+        return is_done(record) or record.task_id is None
 
     def evaluate(self, context: Sequence[AnyRecord]) -> Outcome:
-        """Unknown: calls do not say how a task ended; a label or a verifier does."""
-        del context
-        return Unknown()
+        """What `done` says, where there is one; else Unknown, until a label or a verifier says it."""
+        done = [record for record in context if isinstance(record, ActionRecord) and is_done(record)]
+        if not done:
+            return Unknown()
+        return Success() if done[-1].success else Failure(done[-1].error or "the task ended without success")
 
-    def convert(self, episode: Episode) -> TrainingData | Refusal:
-        """The conversation as a sample, or why not: `no_messages`, `no_agent_turn`, or a reason of the outcome rules."""
-        if not episode.messages:
-            return Refusal(episode_id=episode.id, reason="no_messages", detail="the episode has records only; WorkerTaskLearn reads those")
-        reason = refusal_for_outcome(episode.outcome, self.min_score, include_timeouts=self.include_timeouts)
-        if reason:
-            return Refusal(episode_id=episode.id, reason=reason, detail=str(episode.outcome))
-        own = [index for index, message in enumerate(episode.messages) if message.is_agent and message.weight > 0]
-        if not own:
-            return Refusal(episode_id=episode.id, reason="no_agent_turn", detail="no turn was written by the agent itself")
-        if (weight := sample_weight(episode)) == 0:
-            return Refusal(episode_id=episode.id, reason="weight_zero", detail="the recorder gave the episode the weight 0")
-        score = getattr(episode.outcome, "score", None)
-        return TrainingData(
-            messages=episode.messages[: own[-1] + 1],  # what follows the last own turn cannot carry loss
-            tools=episode.tools,
-            weight=weight,
-            episode_id=episode.id,
-            split_key=split_key(episode),
-            outcome_score=score,
-            model=episode.metadata.tags.get("model"),
-        )
-
-    def _episode(self, calls: list[LlmCallRecord]) -> Episode:
-        longest = max(reversed(calls), key=lambda call: len(call.messages))  # of a call that was tried again, the last try
-        return Episode(
-            learn_model=self.name,
-            task_id=longest.task_id,
-            group_id=longest.group_id,
-            messages=(*longest.messages, longest.response),
-            tools=longest.tools,
-            records=tuple(calls),
-            outcome=self.evaluate(calls),
-        )
-
-
-def split_key(episode: Episode) -> str:
-    """What decides the held-out side: the task, else the first words of the user, else the episode itself."""
-    if episode.task_id is not None or episode.group_id is not None:
-        return f"{episode.metadata.scenario or ''}/{episode.task_id if episode.task_id is not None else episode.group_id}"
-    first = next((message.content for message in episode.messages if message.role == "user" and message.content), None)
-    return first or str(episode.id)
+    def messages(self, records: Sequence[AnyRecord]) -> tuple[tuple[Message, ...], LlmCallRecord | None]:
+        """The longest history and its answer."""
+        longest = longest_call([record for record in records if isinstance(record, LlmCallRecord)])
+        return ((*longest.messages, longest.response), longest) if longest else ((), None)
