@@ -130,6 +130,7 @@ class Source:
             n_calls_rendered=rendered,
             n_tools_recorded=len(self._tool_names),
             n_tools_rendered=self._n_tools_rendered,
+            n_reworded=sum(not self._stands(encoded.text, span) for span in spans),
             stretches=stretches,
             tokens_by_author=_count_by_author(stretches, encoded.offsets),
             is_window=start > self.n_head,
@@ -179,6 +180,11 @@ class Source:
             if not (message and message.is_agent) and words and any(part in piece for part in (words[:N_TELLING], words[-N_TELLING:])):
                 return "user" if turn["role"] == "assistant" else str(message.role if message else "system")
         return "assistant"
+
+    def _stands(self, text: str, span: Span) -> bool:
+        """Whether what the agent said in a turn is in the window as it was recorded."""
+        message = self.messages[span.turn]
+        return text.find((message.content or "").rstrip() if message else "", span.start, span.end) >= 0
 
     def _masked_text(self, start: int, last: Span) -> str:
         """The window through `last` with the words of everybody but the agent replaced."""

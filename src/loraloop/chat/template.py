@@ -110,6 +110,20 @@ class ChatTemplate:
         text = self.text([_ASK, {"role": "assistant", "content": " probe  answer"}, _ASK])
         return sum(len(self.encode(piece)[0]) for piece in self._special.split(text)) == len(self.encode(text)[0])
 
+    @cached_property
+    def own_words(self) -> str:
+        """What the template says itself at the beginning of a conversation that has no system turn; "" when nothing."""
+        opening = self.text([_ASK]).partition(str(_ASK["content"]))[0]
+        between = self.text([_ASK, {"role": "assistant", "content": "probe answer"}, _ASK]).rpartition(str(_ASK["content"]))[0]
+        markers = set(self._special.sub(" ", between.rpartition("probe answer")[2]).split())
+        words = [word for word in self._special.sub(" ", opening).split() if word not in markers]
+        return " ".join(words[words[:1] == ["system"] :])
+
+    @cached_property
+    def is_dated(self) -> bool:
+        """Whether the template may write the date of the day on which it renders, so that rows differ from day to day."""
+        return "strftime_now" in str(self.tokenizer.chat_template)
+
     def text(self, turns: Sequence[Turn], tools: Sequence[Any] = (), *, generation_prompt: bool = False) -> str:
         """The template's rendering of prepared turns; raises RenderError with the template's own complaint."""
         try:
