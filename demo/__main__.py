@@ -27,6 +27,7 @@ from demo import textcraft
 from demo.plot import plot_losses
 from loraloop.base_model import BaseModel, resolve_base, tune_process
 from loraloop.cli.screen import TrainingScreen, by_reason
+from loraloop.dataset import DatasetSettings
 from loraloop.evaluate.interval import compare_paired, success_rate
 from loraloop.evaluate.rollout import Played, PlayLimits, load_player, play
 from loraloop.files import write_json
@@ -80,7 +81,7 @@ def main() -> None:
     with Project(directory / "project") as project:
         for report in project.ingest([recorded]):
             console.print(f"read {report.read} episodes ({report.format}), stored {report.stored}, refused {by_reason(report.refused)}")
-        dataset = project.build(held_out_fraction=0.04)
+        dataset = project.build(settings=DatasetSettings(held_out_fraction=0.04, unknown_license="allow"))
         manifest = dataset.manifest
         console.print(f"{manifest.samples} samples to train on, {manifest.held_out} to measure on, refused {by_reason(manifest.refused)}")
         config = CONFIG.replace(base_model=base_name)

@@ -6,6 +6,7 @@ A reader never sees half a file that this module wrote, and nothing here overwri
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -106,6 +107,18 @@ def new_directory(path: Path) -> Iterator[Path]:
         shutil.rmtree(aside, ignore_errors=True)
         raise
     _sync(path.parent)
+
+
+@contextmanager
+def locked_directory(path: Path) -> Iterator[None]:
+    """Alone with `path`, which is made when it is not there: another process that wants the same waits. Freed when a process dies."""
+    path.mkdir(parents=True, exist_ok=True)
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def _move(aside: Path, path: Path) -> None:

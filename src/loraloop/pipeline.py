@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from loraloop.chat.rows import ACCEPTED
-from loraloop.dataset import Dataset, freeze
+from loraloop.dataset import Dataset, DatasetSettings, freeze
 from loraloop.episode import EpisodeFilter
 from loraloop.errors import ImportFailed, SettingsError
 from loraloop.importers.ingest import IngestReport, ingest_file, iter_files, refuse_file
@@ -31,8 +31,10 @@ def ingest(
     paths: Sequence[Path],
     format_name: str | None = None,
     on_progress: Callable[[Path, int, int | None], None] = lambda path, done, total: None,
+    *,
+    license_name: str | None = None,
 ) -> Iterator[IngestReport]:
-    """Read every file under `paths` into `store`; gives one report a file.
+    """Read every file under `paths` into `store`; gives one report a file. Episodes that say no terms get `license_name`.
 
     Among several files, one that cannot be read as episodes is refused as a whole, so that it costs none of the others. Raises
     ImportFailed when it is the only one, and for a path that is not there.
@@ -40,7 +42,8 @@ def ingest(
     files = iter_files(paths)
     for path in files:
         try:
-            report = ingest_file(store, path, format_name, lambda done, total, path=path: on_progress(path, done, total))  # type: ignore[misc]
+            told: Callable[[int, int | None], None] = lambda done, total, path=path: on_progress(path, done, total)  # type: ignore[misc]  # noqa: E731
+            report = ingest_file(store, path, format_name, told, license_name=license_name)
         except ImportFailed as error:
             if len(files) == 1:
                 raise
@@ -54,10 +57,15 @@ def build(
     directory: Path,
     *,
     episode_filter: EpisodeFilter | None = None,
-    held_out_fraction: float = 0.2,
+    settings: DatasetSettings | None = None,
+    on_progress: Callable[[str, int], None] = lambda step, n_episodes: None,
 ) -> Dataset:
-    """Freeze the episodes that pass the filter into a dataset under `directory`. Raises EmptyData when none gives a sample."""
-    return freeze(store.iter_episodes(episode_filter), learn_model, directory, held_out_fraction=held_out_fraction)
+    """Freeze the episodes that pass the filter into a dataset under `directory`. Raises EmptyData when none gives a sample.
+
+    Those that do not pass still decide with the others which tasks are one, so that the split is the same for every filter.
+    """
+    others = store.iter_episodes() if episode_filter not in (None, EpisodeFilter()) else ()
+    return freeze(store.iter_episodes(episode_filter), learn_model, directory, settings, others=others, on_progress=on_progress)
 
 
 def train(

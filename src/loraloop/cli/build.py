@@ -2,54 +2,151 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from loraloop.cli.screen import DEFAULT_PROJECT, JsonOption, ProjectOption, by_reason, show_next, show_table, write_line
-from loraloop.errors import SettingsError
+from loraloop.cli.screen import DEFAULT_PROJECT, JsonOption, ProjectOption, by_reason, err, show_next, show_table, write_line
+from loraloop.errors import EmptyData, SettingsError
 from loraloop.files import json_line
+
+if TYPE_CHECKING:
+    from loraloop.dataset import Dataset, DatasetSettings
+    from loraloop.episode import EpisodeFilter
+    from loraloop.plugins import LearnModel
+
+EXAMPLES = """Examples:
+
+loraloop build --min-score 0.5 --unknown-license allow
+
+loraloop build --method dpo --min-quality-gap 0.3 --pairing divergence
+
+loraloop build --method kto --learn-model worker_task --max-per-task 4 --json"""
 
 
 def register(app: typer.Typer) -> None:
     """Add the command to `app`."""
-    app.command(epilog="Example: loraloop build --min-score 0.5 --held-out 0.2")(build)
+    app.command(epilog=EXAMPLES)(build)
+
+
+def _option(text: str, *names: str) -> Any:
+    return typer.Option(*names, help=text)
+
+
+Number = float | None
+Count = int | None
 
 
 def build(
     project: ProjectOption = DEFAULT_PROJECT,
-    method: Annotated[str, typer.Option(help="What the data is for: sft.")] = "sft",
-    learn_model: Annotated[str, typer.Option(help="How episodes become samples.")] = "conversation",
-    min_score: Annotated[float, typer.Option(help="The least score of a success that is learned.")] = 0.0,
-    held_out: Annotated[float, typer.Option(help="Share of the tasks kept from training, 0 or more and below 1.")] = 0.2,
-    scenario: Annotated[str | None, typer.Option(help="Only episodes of this scenario.")] = None,
-    outcome: Annotated[str | None, typer.Option(help="Only episodes that ended so: success, failure, timeout, unknown.")] = None,
+    method: Annotated[str, _option("What the data is for: sft, weighted, dpo or kto.")] = "sft",
+    learn_model: Annotated[str | None, _option("How episodes become samples; without it the one for the method.")] = None,
+    min_score: Annotated[Number, _option("The least score of an episode that becomes likelier.")] = None,
+    score_min: Annotated[Number, _option("The least score that the recorder gives; 0 without it.")] = None,
+    score_max: Annotated[Number, _option("The greatest; 1 without it. A score outside is refused.")] = None,
+    include_timeouts: Annotated[bool, _option("Use timeouts, too.", "--include-timeouts")] = False,
+    failure_weight: Annotated[Number, _option("weighted: what a failure weighs, -1 to 0.")] = None,
+    min_quality_gap: Annotated[Number, _option("dpo: how far apart a pair is, as a share of the scale.")] = None,
+    max_pairs: Annotated[Count, _option("dpo: pairs of one group at most.")] = None,
+    allow_reuse: Annotated[bool, _option("dpo: an episode may be in several pairs.", "--allow-reuse")] = False,
+    pairing: Annotated[str | None, _option("dpo: best_worst, or divergence for the turn where two part.")] = None,
+    held_out: Annotated[float, _option("Share of the tasks kept from training, 0 or more and below 1.")] = 0.2,
+    near_duplicate: Annotated[float, _option("Similarity from which one of two samples is left out, 0.5 to 1.")] = 0.9,
+    max_per_task: Annotated[Count, _option("Samples of one task to train on, at most.")] = None,
+    max_per_source: Annotated[Count, _option("Samples of one source to train on, at most.")] = None,
+    secrets: Annotated[str, _option("Episodes with keys or passwords: quarantine or allow.")] = "quarantine",
+    personal_data: Annotated[str, _option("Those with e-mail addresses, telephones …: report, quarantine or off.")] = "report",
+    unknown_license: Annotated[
+        str, typer.Option(help="Those that say no terms: refuse or allow.", envvar="LORALOOP_UNKNOWN_LICENSE")
+    ] = "refuse",
+    scenario: Annotated[str | None, _option("Only episodes of this scenario.")] = None,
+    outcome: Annotated[str | None, _option("Only episodes that ended so: success, failure, timeout, unknown.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Freeze a dataset from the episodes that ended well, some tasks held out. Every episode is a sample or a counted refusal."""
+    """Freeze a dataset, some tasks held out. Every episode is in a sample, or refused once for a reason that is counted."""
+    from loraloop.dataset import DatasetSettings
+    from loraloop.learn.compose import compose
+
+    settings = DatasetSettings(
+        held_out_fraction=held_out,
+        near_duplicate=near_duplicate,
+        max_per_task=max_per_task,
+        max_per_source=max_per_source,
+        secrets=secrets,  # type: ignore[arg-type]  # checked there, as the other two
+        personal_data=personal_data,  # type: ignore[arg-type]
+        unknown_license=unknown_license,  # type: ignore[arg-type]
+    )
+    scale = None if score_min is None and score_max is None else (score_min or 0.0, 1.0 if score_max is None else score_max)
+    pairs = {"min_quality_gap": min_quality_gap, "max_pairs": max_pairs, "allow_reuse": allow_reuse or None, "pairing": pairing}
+    told = {"min_score": min_score, "score_range": scale, "include_timeouts": include_timeouts or None, "failure_weight": failure_weight}
+    how = {name: value for name, value in (told | pairs).items() if value is not None}
+    dataset = _build(project, compose(method, learn_model, how), settings, _episode_filter(scenario, outcome))
+    if as_json:
+        write_line(json_line(_to_json(dataset)))
+    else:
+        show_built(dataset)
+    show_next("loraloop train --base MODEL", project)
+
+
+def show_built(dataset: Dataset) -> None:
+    """What a dataset holds, in tables on standard output: the counts, what was refused, and of what it consists."""
+    manifest = dataset.manifest
+    counts = [manifest.episodes, manifest.samples, manifest.pairs, manifest.held_out, manifest.episodes_refused]
+    show_table(
+        "", ["dataset", "episodes", "samples to train on", "of them pairs", "held out", "refused"], [[dataset.id, *map(str, counts)]]
+    )
+    used = f"{manifest.episodes_used} used, {manifest.episodes_held_out} held out, {manifest.episodes_refused} refused"
+    write_line(f"episodes: {used} = {manifest.episodes}")
+    write_line(f"tasks: {manifest.held_out_tasks} of {manifest.tasks} held out, for every later build, too")
+    for what, found in (
+        ("refused", manifest.refused),
+        ("samples left out again", manifest.samples_dropped),
+        ("secrets, in episodes", manifest.secrets),
+        ("personal data, in episodes", manifest.personal_data),
+        ("licences, of episodes", manifest.licenses),
+    ):
+        if found:
+            write_line(f"{what}: {by_reason(found)}")
+    for division, shares in manifest.balance:
+        largest = ", ".join(f"{one.name} {one.samples} ({one.share:.0%})" for one in shares[:3])
+        write_line(f"by {division}: {largest}{', …' if len(shares) > 3 else ''}")
+    write_line(f"the dataset is in {dataset.path}")
+    for warning in manifest.warnings:
+        err().print(f"warning: {warning}", markup=False)
+
+
+def _build(project: Path, learn_model: LearnModel, settings: DatasetSettings, wanted: EpisodeFilter) -> Dataset:
+    """The dataset; when there is none, what became of the episodes in a table on standard error before the error is raised."""
+    from loraloop.project import Project
+
+    with Project(project, create=False) as opened, err().status("reading episodes") as status:
+        try:
+            return opened.build(
+                learn_model,
+                episode_filter=wanted,
+                settings=settings,
+                on_progress=lambda step, n_episodes: status.update(f"{step} {n_episodes} episodes"),
+            )
+        except EmptyData as error:
+            if error.refused:
+                rows = [[reason, str(count)] for reason, count in error.refused.items()]
+                show_table("", ["refused", "episodes"], rows, console=err())
+            raise
+
+
+def _episode_filter(scenario: str | None, outcome: str | None) -> EpisodeFilter:
     from pydantic import ValidationError
 
     from loraloop.episode import EpisodeFilter
-    from loraloop.plugins import find
-    from loraloop.project import Project
 
-    if method != "sft":
-        raise SettingsError(f"method {method!r}: expected sft")
-    if not 0 <= held_out < 1:
-        raise SettingsError(f"--held-out {held_out:g}: expected 0 <= share < 1")
     try:
-        wanted = EpisodeFilter(scenario=scenario, outcome=outcome)
+        return EpisodeFilter.model_validate({"scenario": scenario, "outcome": outcome})
     except ValidationError as error:
         raise SettingsError(f"--outcome {outcome}: expected success, failure, timeout or unknown") from error
-    model = find("learn_models", learn_model)(min_score=min_score)
-    with Project(project, create=False) as opened:
-        dataset = opened.build(model, episode_filter=wanted, held_out_fraction=held_out)
-    manifest = dataset.manifest
-    if as_json:
-        keys = {"method", "episodes", "samples", "held_out", "refused", "learn_model", "tasks", "held_out_tasks"}
-        write_line(json_line({"dataset": dataset.id, **manifest.model_dump(include=keys), "path": str(dataset.path)}))
-    else:
-        rows = [[dataset.id, str(manifest.episodes), str(manifest.samples), str(manifest.held_out), by_reason(manifest.refused)]]
-        show_table("", ["dataset", "episodes", "samples to train on", "held out", "refused"], rows)
-        write_line(f"{manifest.held_out_tasks} of {manifest.tasks} tasks are held out; the dataset is in {dataset.path}")
-    show_next("loraloop train --base MODEL", project)
+
+
+def _to_json(dataset: Dataset) -> dict[str, object]:
+    """The manifest without what only its folder needs, under the dataset's id."""
+    manifest = dataset.manifest.model_dump(mode="json", exclude={"id", "schema_version", "sha256"})
+    return {"dataset": dataset.id, **manifest, "path": str(dataset.path)}

@@ -25,6 +25,10 @@ def ingest(
     ],
     project: ProjectOption = DEFAULT_PROJECT,
     format_name: Annotated[str | None, typer.Option("--format", help="The files' format, when it cannot be told from them.")] = None,
+    license_name: Annotated[
+        str | None,
+        typer.Option("--license", help="Their licence or terms, such as MIT, or own for runs of your own; kept with each episode."),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Read recorded runs into the project's episode store. Reading a file again stores nothing twice."""
@@ -42,7 +46,7 @@ def ingest(
                 tasks[path] = bars.add_task(path.name, total=total)
             bars.update(tasks[path], completed=done, total=total)
 
-        for report in opened.ingest(paths, format_name, on_progress):
+        for report in opened.ingest(paths, format_name, on_progress, license_name=license_name):
             reports.append(report)
             on_progress(Path(report.path), report.read, report.read)  # how many there were may only be known at the end
             if as_json:
@@ -51,7 +55,9 @@ def ingest(
     if not any(report.stored or report.duplicates for report in reports):
         err().print("Error: nothing was stored, and nothing of it was known already", markup=False)
         raise typer.Exit(1)
-    show_next("loraloop build", project)
+    if license_name is None:
+        err().print("No --license was given: build takes what says no terms with --unknown-license allow only", markup=False)
+    show_next("loraloop build" if license_name else "loraloop build --unknown-license allow", project)
 
 
 def _show_ingested(reports: list[IngestReport], *, as_json: bool) -> None:

@@ -38,8 +38,8 @@ def write_line(text: str) -> None:
     sys.stdout.write(text + "\n")
 
 
-def show_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
-    """A table on standard output, as wide as its content where that is not a terminal."""
+def show_table(title: str, columns: list[str], rows: list[list[str]], *, console: Console | None = None) -> None:
+    """A table on standard output, as wide as its content where that is not a terminal, or on `console`."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -50,7 +50,7 @@ def show_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
     for row in rows:
         table.add_row(*map(Text, row))  # never as markup: a task may be called [/red]
     width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160
-    Console(highlight=False, width=width).print(table)
+    (console or Console(highlight=False, width=width)).print(table)
 
 
 def show_next(command: str, project: Path) -> None:

@@ -16,7 +16,7 @@ from pydantic import Field, JsonValue
 
 from loraloop.episode import Episode, Frozen
 from loraloop.errors import ImportFailed
-from loraloop.importers.entry import shorten
+from loraloop.importers.entry import shorten, with_content_id
 from loraloop.plugins import EpisodeStore, Importer, find, list_names
 from loraloop.training_data import Refusal
 
@@ -54,12 +54,14 @@ def ingest_file(
     path: Path,
     format_name: str | None = None,
     on_progress: Callable[[int, int | None], None] | None = None,
+    *,
+    license_name: str | None = None,
 ) -> IngestReport:
     """Take every entry of `path` into `store` and say what became of each.
 
-    The format is told from the file unless `format_name` says it. `on_progress(entries read, entries in all or None)` is called
-    after every batch. Raises ImportFailed when the file as a whole cannot be read, SettingsError for an unknown `format_name`;
-    batches stored before stay, and ingesting again goes on from there.
+    The format is told from the file unless `format_name` says it. An episode without the tag `license` gets `license_name`.
+    `on_progress(entries read, entries in all or None)` is called after every batch. Raises ImportFailed when the file as a whole
+    cannot be read, SettingsError for an unknown `format_name`; batches stored before stay, and ingesting again goes on from there.
     """
     importer: Importer = find("importers", format_name)() if format_name else detect(path)
     total = importer.count(path) if on_progress else None
@@ -68,7 +70,7 @@ def ingest_file(
     refused = Counter[str]()
     n_read = 0
     for batch in _iter_batches(importer.read(path)):
-        episodes = [entry for entry in batch if isinstance(entry, Episode)]
+        episodes = [with_license(entry, license_name) for entry in batch if isinstance(entry, Episode)]
         stored.update(store.append_many(episodes))
         new = [entry for entry in batch if isinstance(entry, Refusal)]
         refused.update(refusal.reason for refusal in new)
@@ -85,6 +87,15 @@ def ingest_file(
         refused=dict(sorted(refused.items())),
         refusals=tuple(refusals),
     )
+
+
+def with_license(episode: Episode, name: str | None) -> Episode:
+    """`episode` under the terms `name` unless it names its own; terms are content, so an id made from content is made anew."""
+    if name is None or episode.metadata.tags.get("license"):
+        return episode
+    tags = dict(sorted({**episode.metadata.tags, "license": name}.items()))
+    tagged = episode.model_copy(update={"metadata": episode.metadata.model_copy(update={"tags": tags})})
+    return with_content_id(tagged) if episode.id == with_content_id(episode).id else tagged
 
 
 def refuse_file(path: Path, error: ImportFailed) -> IngestReport:

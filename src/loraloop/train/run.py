@@ -11,13 +11,13 @@ import os
 import platform
 import time
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from loraloop import base_model
-from loraloop.chat.rows import Unit, build_units, spread
+from loraloop.chat.rows import Unit, UnitSet, build_units, spread
 from loraloop.chat.template import ChatTemplate
 from loraloop.errors import EmptyData, LoraTrainerError
 from loraloop.files import file_sha256, new_directory, write_atomic, write_json
@@ -41,21 +41,16 @@ def run(arguments: TrainArguments, emit: Emit, *, keeps_memory: bool = False) ->
     started = time.monotonic()
     if arguments.output.exists():
         raise FileExistsError(f"--output {arguments.output} exists already; give a folder that does not exist")
-    samples = read_samples(arguments.data)
-    held_out_samples = read_samples(arguments.held_out) if arguments.held_out else []
+    arguments = _without_noise(arguments, emit)
     base = base_model.resolve_base(arguments.model, lambda text: emit(TrainingEvent(event="note", message=text)))
-    tokenizer = base_model.load_tokenizer(base)
-    template = ChatTemplate(tokenizer)
-    made = build_units(samples, template, arguments.max_seq_length, method=arguments.method, long=arguments.long)
-    emit(TrainingEvent(event="data", data=made.report))
-    measured = spread(_held_out_units(held_out_samples, template, arguments, emit), arguments.held_out_tokens)
+    made, measured = _read(arguments, base, emit)
     data = Data.of(made.units, measured, arguments)
 
     device = base_model.choose_device()
     dtype = base_model.choose_dtype(arguments.dtype, device)
     emit(TrainingEvent(event="note", message=f"base {base.name} in {dtype} on {device}, {_describe_process(keeps_memory=keeps_memory)}"))
     model = base_model.load_model(base, dtype).to(device)
-    model = loop.new_adapter(model, arguments.rank, arguments.alpha, _dropout(arguments, emit), arguments.seed)
+    model = loop.new_adapter(model, arguments.rank, arguments.alpha, arguments.dropout, arguments.seed)
     engine = open_engine(model, data.load(arguments.batch_size * arguments.grad_accum), arguments, emit)
     if arguments.verify:
         verify(model, engine, made.units, arguments, emit)
@@ -126,12 +121,22 @@ def _measure(engine: Engine, objective: Objective, units: list[Unit], emit: Emit
     return measure
 
 
-def _dropout(arguments: TrainArguments, emit: Emit) -> float:
-    """None for dpo and kto, which compare the model with its reference: noise on one side only would count as a gain or a loss."""
-    if arguments.method in ("dpo", "kto") and arguments.dropout:
-        emit(TrainingEvent(event="note", message=f"{arguments.method} trains without dropout, which would be noise in its rewards"))
-        return 0.0
-    return arguments.dropout
+def _without_noise(arguments: TrainArguments, emit: Emit) -> TrainArguments:
+    """No dropout for dpo and kto, which compare the model with its reference: noise on one side only would be a gain or a loss."""
+    if arguments.method not in ("dpo", "kto") or not arguments.dropout:
+        return arguments
+    emit(TrainingEvent(event="note", message=f"{arguments.method} trains without dropout, which would be noise in its rewards"))
+    return replace(arguments, dropout=0.0)
+
+
+def _read(arguments: TrainArguments, base: base_model.BaseModel, emit: Emit) -> tuple[UnitSet, list[Unit]]:
+    """What to train on, told before anything else happens, and what to measure on."""
+    samples = read_samples(arguments.data)
+    held_out = read_samples(arguments.held_out) if arguments.held_out else []
+    template = ChatTemplate(base_model.load_tokenizer(base))
+    made = build_units(samples, template, arguments.max_seq_length, method=arguments.method, long=arguments.long)
+    emit(TrainingEvent(event="data", data=made.report))
+    return made, spread(_held_out_units(held_out, template, arguments, emit), arguments.held_out_tokens)
 
 
 def _held_out_units(samples: list[TrainingData], template: ChatTemplate, arguments: TrainArguments, emit: Emit) -> list[Unit]:

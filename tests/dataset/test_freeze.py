@@ -13,7 +13,18 @@ from typing import Any
 
 import pytest
 
-from loraloop.dataset import HELD_OUT_FILE, MANIFEST_FILE, REFUSED_FILE, TRAIN_FILE, Dataset, freeze, list_datasets, open_dataset
+from loraloop.dataset import (
+    HELD_OUT_FILE,
+    MANIFEST_FILE,
+    REFUSED_FILE,
+    TRAIN_FILE,
+    Dataset,
+    DatasetSettings,
+    freeze,
+    list_datasets,
+    open_dataset,
+)
+from loraloop.dataset.split import LEDGER_FILE
 from loraloop.episode import Episode, EpisodeId, EpisodeMetadata, Failure, Message, Outcome, Success, Timeout, Unknown
 from loraloop.errors import DatasetError, EmptyData
 from loraloop.files import file_sha256
@@ -24,9 +35,13 @@ FILES = [TRAIN_FILE, HELD_OUT_FILE, REFUSED_FILE]
 
 
 def episode(number: int, task: int | str | None = None, outcome: Outcome | None = None, **changes: Any) -> Episode:
+    """An episode whose words no other has."""
     made = Success(1.0) if outcome is None else outcome
     task_id = f"task {number if task is None else task}"
-    return make_episode(id=EpisodeId.from_content(f"{number:032x}"), task_id=task_id, outcome=made, **changes)
+    said = (Message(role="user", content=f"question {task_id}"), Message(role="assistant", content=f"answer {number}"))
+    return make_episode(
+        **{"id": EpisodeId.from_content(f"{number:032x}"), "task_id": task_id, "outcome": made, "messages": said, **changes}
+    )
 
 
 def mixed(n: int = 60, n_tasks: int = 20, seed: int = 0) -> list[Episode]:
@@ -37,7 +52,7 @@ def mixed(n: int = 60, n_tasks: int = 20, seed: int = 0) -> list[Episode]:
 
 
 def frozen(episodes: Iterable[Episode], directory: Path, **options: Any) -> Dataset:
-    return freeze(episodes, ConversationLearn(), directory, **options)
+    return freeze(episodes, ConversationLearn(), directory, DatasetSettings(unknown_license="allow", **options))
 
 
 def ids(path: Path) -> list[str]:
@@ -64,6 +79,8 @@ def test_every_episode_is_counted_once_and_is_in_the_file_that_counts_it(tmp_pat
     assert sorted(one for part in found for one in part) == sorted(episode.id for episode in episodes)
     assert [len(part) for part in found] == [manifest.samples, manifest.held_out, sum(manifest.refused.values())]
     assert manifest.samples + manifest.held_out + sum(manifest.refused.values()) == manifest.episodes == len(episodes)
+    assert (manifest.episodes_used, manifest.episodes_held_out) == (manifest.samples, manifest.held_out)
+    assert manifest.episodes_refused == sum(manifest.refused.values())
     assert manifest.refused == {
         "outcome_failure": sum(one.outcome.is_failure for one in episodes),
         "outcome_timeout": sum(one.outcome.is_timeout for one in episodes),
@@ -156,7 +173,7 @@ def test_processes_that_freeze_the_same_at_the_same_moment_all_get_it(tmp_path: 
 import sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 from pathlib import Path
-from test_dataset import frozen, mixed
+from test_freeze import frozen, mixed
 episodes = mixed()
 sys.stdin.readline()
 for number in range(20):
@@ -173,7 +190,7 @@ for number in range(20):
     said = [process.communicate(timeout=60) for process in processes]
     assert [process.returncode for process in processes] == [0, 0, 0], said
     assert len({out for out, _ in said}) == 1
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == sorted(said[0][0].split())
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == sorted([LEDGER_FILE, *said[0][0].split()])
 
 
 # --- what is held out -------------------------------------------------------------------------------------------------------
@@ -201,7 +218,7 @@ def test_nothing_is_held_out_of_few_tasks(tmp_path: Path) -> None:
     episodes = [episode(number, number % 4) for number in range(40)]
     manifest = frozen(episodes, tmp_path, held_out_fraction=0.9).manifest
     assert (manifest.samples, manifest.held_out, manifest.tasks, manifest.held_out_tasks) == (40, 0, 4, 0)
-    assert frozen(episodes, tmp_path, held_out_fraction=0.5, min_tasks=4).manifest.held_out > 0
+    assert frozen(episodes, tmp_path, held_out_fraction=0.5, held_out_min_tasks=4).manifest.held_out > 0
 
 
 def test_something_is_always_left_to_train_on(tmp_path: Path) -> None:
@@ -261,9 +278,9 @@ def test_a_manifest_that_cannot_be_read_is_named(tmp_path: Path, content: str) -
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("where a folder belongs")
-    with pytest.raises(DatasetError, match=r"[0-9a-f]{24} cannot be read \(Not a directory\)"):
+    with pytest.raises(DatasetError, match=r"file cannot be written \(File exists\)"):
         frozen(mixed(), tmp_path / "file")
-    with pytest.raises(DatasetError, match=r"[0-9a-f]{24} cannot be written \(Not a directory\)"):
+    with pytest.raises(DatasetError, match=r"datasets cannot be written \(Not a directory\)"):
         frozen(mixed(), tmp_path / "file" / "datasets")
 
 
