@@ -72,6 +72,8 @@ class Drift(Frozen):
     cannot be compared.
     """
 
+    tools_not_recorded: int
+    """Samples with tool calls and no tool schemas: the prompt shows no tools, where the one that is served will show them."""
     template_speaks: int
     """Samples without a system turn, where the template puts in words of its own."""
     turns_reworded: int
@@ -236,6 +238,9 @@ def _find_drift(template: ChatTemplate, samples: Sequence[TrainingData], report:
     turns = [(*sample.messages, *sample.rejected_messages) for sample in samples]
     has_calls = sum(any(message.tool_calls for message in messages) for messages in turns)
     return Drift(
+        tools_not_recorded=sum(
+            any(message.tool_calls for message in messages) and not sample.tools for sample, messages in zip(samples, turns, strict=True)
+        ),
         template_speaks=sum(sample.system is None for sample in samples) if template.own_words else 0,
         turns_reworded=report.turns_reworded,
         tools_in_system_turn=0 if can.tools else sum(bool(sample.tools) for sample in samples),

@@ -10,6 +10,7 @@ from markupsafe import Markup
 
 from loraloop.data_report import plots
 from loraloop.data_report.findings import Findings
+from loraloop.data_report.shown import shorten
 
 MAX_CHARACTERS = 20_000
 """Of a part that is shown; more is cut in the middle."""
@@ -22,14 +23,6 @@ def to_html(findings: Findings) -> str:
     )
     environment.filters["short"] = lambda text: shorten(text, MAX_CHARACTERS)
     return environment.get_template("page.html").render(f=findings, plots=_plots(findings), colours=plots.COLOURS)
-
-
-def shorten(text: str, n_characters: int) -> str:
-    """`text`, or its beginning and end with the number of characters between them."""
-    if len(text) <= n_characters:
-        return text
-    half = n_characters // 2
-    return f"{text[:half]}\n… {len(text) - 2 * half:,} characters more …\n{text[-half:]}"
 
 
 def _plots(findings: Findings) -> list[tuple[str, Markup]]:

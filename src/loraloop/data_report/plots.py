@@ -17,6 +17,8 @@ COLOURS = {
     "template": "#8c8c8c",
 }
 """Of each author: the colours of Okabe and Ito."""
+MAX_LABEL = 36
+"""Characters of a name beside a bar."""
 _BAR = "#0072b2"
 _MARK = "#d55e00"
 _TEXT = "#123457"
@@ -46,7 +48,9 @@ def plot_shares(shares: Mapping[str, tuple[int, int]], unit: str) -> str:
 def plot_counts(counts: Mapping[str, int], name: str) -> str:
     """A bar for each count."""
     figure, axes = _new("", "", height=0.5 + 0.4 * len(counts))
-    bars = axes.barh(list(counts)[::-1], list(counts.values())[::-1], color=_BAR)
+    labels = [label if len(label) <= MAX_LABEL else label[: MAX_LABEL - 1] + "…" for label in counts]
+    bars = axes.barh(range(len(labels)), list(counts.values())[::-1], color=_BAR)
+    axes.set_yticks(range(len(labels)), labels[::-1])
     axes.bar_label(bars, padding=3, fontsize=8, color=_TEXT)
     return _to_svg(figure, name)
 

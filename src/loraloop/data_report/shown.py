@@ -57,6 +57,14 @@ def visible(text: str) -> str:
     return "".join(_sign(character) for character in text)
 
 
+def shorten(text: str, n_characters: int) -> str:
+    """`text`, or its beginning and end with the number of characters between them."""
+    if len(text) <= n_characters:
+        return text
+    half = n_characters // 2
+    return f"{text[:half]}\n… {len(text) - 2 * half:,} characters more …\n{text[-half:]}"
+
+
 def show_sample(number: int, sample: TrainingData) -> ShownSample:
     """A sample as it was recorded."""
     n_prompt = (sample.n_prompt or len(sample.messages) - 1) if sample.kind == "dpo" else 0
