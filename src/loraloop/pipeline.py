@@ -2,6 +2,7 @@
 
     ingest   files  -> episodes in the store       (importers)
     build    episodes -> a frozen dataset          (a learn model, dataset)
+    report   a dataset -> what it will teach   (data_report: before any training)
     train    a dataset -> a TrainedModel           (lora: a child process, the registry)
 
 Each stage is a function from what the one before has left on disk, so each can be run again. This is the only place where the
@@ -14,10 +15,15 @@ import asyncio
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from loraloop.base_model import load_tokenizer, resolve_base
 from loraloop.chat.rows import ACCEPTED
+from loraloop.chat.template import ChatTemplate
+from loraloop.data_report.findings import Findings, ReportOptions, Subject, inspect
+from loraloop.data_report.page import to_html
 from loraloop.dataset import Dataset, DatasetSettings, freeze
 from loraloop.episode import EpisodeFilter
 from loraloop.errors import ImportFailed, SettingsError
+from loraloop.files import write_atomic
 from loraloop.importers.ingest import IngestReport, ingest_file, iter_files, refuse_file
 from loraloop.lora.config import LoraTrainerConfig, TrainOptions
 from loraloop.lora.model import TrainedModel
@@ -66,6 +72,36 @@ def build(
     """
     others = store.iter_episodes() if episode_filter not in (None, EpisodeFilter()) else ()
     return freeze(store.iter_episodes(episode_filter), learn_model, directory, settings, others=others, on_progress=on_progress)
+
+
+def report(
+    dataset: Dataset,
+    path: Path,
+    base_model: str | None = None,
+    options: ReportOptions | None = None,
+    say: Callable[[str], None] = lambda text: None,
+) -> Findings:
+    """What `dataset` will teach, found as a training on `base_model` would find it, and as a page at `path`.
+
+    Without a base model it tells what needs no chat template. Raises BaseModelError, RenderError when there is no usable template;
+    that a training would stop on this data is a finding.
+    """
+    manifest = dataset.manifest
+    dropped = {f"{reason} (samples)": count for reason, count in manifest.samples_dropped.items()}
+    subject = Subject(
+        dataset=dataset.id,
+        method=manifest.method,
+        samples=tuple(dataset.load_training()),
+        held_out=manifest.held_out,
+        refused={**manifest.refused, **dropped},
+    )
+    base = None
+    if base_model is not None:
+        found = resolve_base(base_model, say)
+        base = (found.name, ChatTemplate(load_tokenizer(found)))
+    findings = inspect(subject, options or ReportOptions(), base, lambda number: say(f"sample {number} of {len(subject.samples)}"))
+    write_atomic(path, to_html(findings))
+    return findings
 
 
 def train(

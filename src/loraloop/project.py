@@ -13,6 +13,7 @@ from typing import Self
 
 from loraloop import pipeline
 from loraloop.chat.rows import ACCEPTED
+from loraloop.data_report.findings import Findings, ReportOptions
 from loraloop.dataset import Dataset, DatasetSettings, list_datasets, list_folders, open_dataset
 from loraloop.episode import CONVERSATION, EpisodeFilter
 from loraloop.errors import DatasetError, StoreError
@@ -72,6 +73,20 @@ class Project:
             settings=settings,
             on_progress=on_progress,
         )
+
+    def report(
+        self,
+        dataset: str | None = None,
+        base_model: str | None = None,
+        options: ReportOptions | None = None,
+        *,
+        path: Path | None = None,
+        say: Callable[[str], None] = lambda text: None,
+    ) -> tuple[Findings, Path]:
+        """What the dataset with this id (without one the newest) will teach, and its page: beside its folder unless told otherwise."""
+        chosen = self.get_dataset(dataset)
+        page = path or chosen.path.with_suffix(".html")
+        return pipeline.report(chosen, page, base_model, options, say), page
 
     def train(
         self,

@@ -41,6 +41,15 @@ class DataReport(Frozen):
     characters_elided: int = 0
     prefix_broken: int = 0
     """Samples that became several rows because the template renders earlier turns otherwise once later ones are there."""
+    prefix_broken_rows: int = 0
+    tools_recorded: int = 0
+    """Tool schemas of all rows."""
+    tools_rendered: int = 0
+    """Those whose name stands in the row's prompt."""
+    turns_reworded: int = 0
+    """Trained turns whose words the template does not show as they were recorded: trimmed, or without a thought."""
+    tokens_by_author: dict[str, int] = Field(default_factory=dict)
+    """Tokens of all rows by who wrote them; `template` are the chat template's own, `assistant` the agent's, trained or not."""
 
 
 class TrainingEvent(Frozen):

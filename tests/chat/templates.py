@@ -11,6 +11,7 @@ from functools import cache
 from typing import Any
 
 import tiny
+from later_templates import DEEPSEEK_R1, DEEPSEEK_V3_1, GEMMA_3, LFM2_5, MISTRAL_SMALL
 
 from loraloop.chat.template import ChatTemplate
 
@@ -318,6 +319,23 @@ MISTRAL_SPECIAL = (
     "[/TOOL_RESULTS]",
 )
 
+DEEPSEEK_SPECIAL = (
+    "<｜begin▁of▁sentence｜>",
+    "<｜end▁of▁sentence｜>",
+    "<｜User｜>",
+    "<｜Assistant｜>",
+    "<｜tool▁calls▁begin｜>",
+    "<｜tool▁calls▁end｜>",
+    "<｜tool▁call▁begin｜>",
+    "<｜tool▁call▁end｜>",
+    "<｜tool▁sep｜>",
+    "<｜tool▁outputs▁begin｜>",
+    "<｜tool▁outputs▁end｜>",
+    "<｜tool▁output▁begin｜>",
+    "<｜tool▁output▁end｜>",
+)
+GEMMA_SPECIAL = ("<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>")
+
 FAMILIES = {
     "smollm2": Family(SMOLLM2, CHATML_SPECIAL, "<|im_end|>"),
     "chatml": Family(tiny.CHATML, CHATML_SPECIAL, "<|im_end|>"),
@@ -328,11 +346,16 @@ FAMILIES = {
     "lfm2": Family(LFM2, LFM2_SPECIAL, "<|im_end|>", "<|startoftext|>"),
     "lfm2-calls": Family(LFM2_CALLS, LFM2_SPECIAL, "<|im_end|>", "<|startoftext|>"),
     "mistral": Family(MISTRAL, MISTRAL_SPECIAL, "</s>", "<s>"),
-    "gemma": Family(GEMMA, ("<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>"), "<eos>", "<bos>"),
+    "gemma": Family(GEMMA, GEMMA_SPECIAL, "<eos>", "<bos>"),
+    "lfm2.5": Family(LFM2_5, LFM2_SPECIAL, "<|im_end|>", "<|startoftext|>"),
+    "gemma3": Family(GEMMA_3, GEMMA_SPECIAL, "<eos>", "<bos>"),
+    "mistral-small": Family(MISTRAL_SMALL, (*MISTRAL_SPECIAL, "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]"), "</s>", "<s>"),
+    "deepseek-v3.1": Family(DEEPSEEK_V3_1, DEEPSEEK_SPECIAL, "<｜end▁of▁sentence｜>", "<｜begin▁of▁sentence｜>"),
+    "deepseek-r1": Family(DEEPSEEK_R1, DEEPSEEK_SPECIAL, "<｜end▁of▁sentence｜>", "<｜begin▁of▁sentence｜>"),
 }
 NAMES = tuple(FAMILIES)
-STABLE = ("smollm2", "chatml", "llama3", "llama3.1", "qwen2.5", "lfm2", "lfm2-calls")
-"""Those that never render a turn otherwise once later ones follow."""
+STABLE = ("smollm2", "chatml", "llama3", "llama3.1", "qwen2.5", "lfm2", "lfm2-calls", "lfm2.5", "deepseek-v3.1", "deepseek-r1")
+"""Those that never render a turn without thoughts otherwise once later ones follow."""
 
 
 @cache

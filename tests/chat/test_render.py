@@ -16,6 +16,7 @@ NO_SYSTEM = sample(*TOOL_USE.messages[1:], tools=True)
 
 HERMES = '<tool_call>{"name": "look", "arguments": {"box":"red","n":2}}</tool_call>'
 QWEN = '<tool_call>\n{"name": "look", "arguments": {"box": "red", "n": 2}}\n</tool_call>'
+ALTERNATING = {"mistral", "mistral-small", "gemma", "gemma3"}
 THOUGHT = "<think>\n\n</think>\n\n"
 
 # the rows, and in each the agent's words with their stop token, as that family's model would have to write them
@@ -43,6 +44,35 @@ WORDS = {
         ],
     ),
     "gemma": (sample(*TALK.messages[1:]), [["A ball.<end_of_turn>", "Any time.<end_of_turn>"]]),
+    "lfm2.5": (
+        TOOL_USE,
+        [['<|tool_call_start|>[look(box="red", n=2)]<|tool_call_end|><|im_end|>', "A ball.<|im_end|>", "Any time.<|im_end|>"]],
+    ),
+    "gemma3": (TOOL_USE, [[f"{HERMES}<end_of_turn>", "A ball.<end_of_turn>", "Any time.<end_of_turn>"]]),
+    "mistral-small": (
+        TOOL_USE,
+        [
+            ['[TOOL_CALLS] [{"name": "look", "arguments": {"box": "red", "n": 2}, "id": "call00001"}]</s>', "A ball.</s>"],
+            ["Any time.</s>"],
+        ],
+    ),
+    "deepseek-v3.1": (
+        TOOL_USE,
+        [
+            [
+                (
+                    '<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>look<｜tool▁sep｜>{"box":"red","n":2}<｜tool▁call▁end｜><｜tool▁calls▁end｜>'
+                    "<｜end▁of▁sentence｜>"
+                ),
+                "A ball.<｜end▁of▁sentence｜>",
+                "Any time.<｜end▁of▁sentence｜>",
+            ]
+        ],
+    ),
+    "deepseek-r1": (
+        TOOL_USE,
+        [[f"{HERMES}<｜end▁of▁sentence｜>", "A ball.<｜end▁of▁sentence｜>", "Any time.<｜end▁of▁sentence｜>"]],
+    ),
 }
 
 
@@ -71,7 +101,7 @@ def test_a_row_is_the_templates_own_rendering(name):
     assert n_trained == len(own)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name not in {"mistral", "gemma"}])
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in ALTERNATING])
 @pytest.mark.parametrize("greets", [True, False])
 @pytest.mark.parametrize("with_system", [True, False])
 def test_a_conversation_may_begin_with_the_agent(name, greets, with_system):
@@ -134,19 +164,56 @@ def test_call_ids_of_another_form_are_a_reason():
     assert "length 9" in refusals[0].detail
 
 
-def test_a_turn_whose_prompt_would_differ_is_refused():
-    """Mistral's template shows the system prompt only while the user's turn is the last; training would have no system prompt."""
-    rows, refusals = render(make_template("mistral"), TALK, ROOM)
+def prompts(template, data):
+    """The prompt that the model would be given for each agent turn."""
+    turns, tools = template.prepare(data.messages, data.tools)
+    own = [index for index, message in enumerate(data.messages) if message.is_agent]
+    return [template.text(turns[:index], tools, generation_prompt=True) for index in own]
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "words"),
+    [
+        # Mistral shows the system prompt only while the user's turn is the last
+        ("mistral", TALK, [" A ball.</s>", " Any time.</s>"]),
+        # Qwen3 shows an empty thought in the last agent turn, and no longer once another follows
+        (
+            "qwen3",
+            sample(user(), agent("One."), agent("Two."), user(), agent("Three.")),
+            [f"{THOUGHT}One.<|im_end|>", f"{THOUGHT}Two.<|im_end|>", f"{THOUGHT}Three.<|im_end|>"],
+        ),
+        # LFM2.5 shows the thought of the last agent turn only
+        (
+            "lfm2.5",
+            sample(user(), agent("<think>a</think>One."), user(), agent("<think>b</think>Two."), user(), agent("Three.")),
+            ["<think>a</think>One.<|im_end|>", "<think>b</think>Two.<|im_end|>", "Three.<|im_end|>"],
+        ),
+    ],
+)
+def test_a_turn_is_trained_behind_the_prompt_even_where_the_template_renders_that_otherwise_later(name, data, words):
+    template = make_template(name)
+    rows, refusals = render(template, data, ROOM)
+    assert refusals == []
+    assert [trained_texts(template, row) for row in rows] == [[text] for text in words]
+    for row, prompt, text in zip(rows, prompts(template, data), words, strict=True):
+        assert row.text.rstrip("\n") == prompt + text
+        assert row.prefix_broken
+        assert check_row(row) == []
+
+
+def test_a_turn_whose_prompt_cannot_be_told_is_refused():
+    """The template names the number of turns at the beginning, and its prompt ends in words that stand in no rendering."""
+    text = "{{ messages | length }} " + tiny.CHATML.replace("assistant\n' }}{% endif", "assistant, your turn\n' }}{% endif")
+    rows, refusals = render(ChatTemplate(tiny.make_tokenizer(text)), sample(user(), agent()), ROOM)
     assert rows == []
-    assert [(refusal.reason, refusal.detail[:6]) for refusal in refusals] == [("prompt_differs", "turn 2"), ("prompt_differs", "turn 4")]
+    assert [(refusal.reason, refusal.detail[:6]) for refusal in refusals] == [("prompt_differs", "turn 1")]
 
 
-def test_a_second_turn_in_a_row_is_refused_where_it_would_change_the_first():
-    """Qwen3's prompt shows an empty thought in the last agent turn, and no longer once another follows."""
-    template = make_template("qwen3")
-    rows, refusals = render(template, sample(user(), agent("One."), agent("Two."), user(), agent("Three.")), ROOM)
-    assert [(refusal.reason, refusal.detail[:6]) for refusal in refusals] == [("prompt_differs", "turn 2")]
-    assert [trained_texts(template, row) for row in rows] == [[f"{THOUGHT}One.<|im_end|>"], [f"{THOUGHT}Three.<|im_end|>"]]
+def test_a_template_that_ends_a_turn_twice_is_a_reason():
+    twice = tiny.CHATML.replace("'<|im_end|>'", "'<|im_end|><|im_end|>'")
+    rows, refusals = render(ChatTemplate(tiny.make_tokenizer(twice)), sample(user(), agent()), ROOM)
+    assert (rows, refusals[0].reason) == ([], "template_error")
+    assert "more than once" in refusals[0].detail
 
 
 @pytest.mark.parametrize("name", STABLE)

@@ -22,6 +22,12 @@ ABLE = {
     "lfm2-calls": Abilities(True, True, "object", True, True, True, True, True),
     "mistral": Abilities(True, True, "object", True, False, False, False, False),
     "gemma": Abilities(False, False, None, False, False, False, False, False),
+    "lfm2.5": Abilities(True, True, "object", True, True, True, True, True),
+    "gemma3": Abilities(False, False, None, False, False, False, False, False),
+    "mistral-small": Abilities(True, True, "object", True, False, False, False, False),
+    "deepseek-v3.1": Abilities(False, True, "text", True, True, True, True, True),
+    # its template gives a turn of calls a second, empty turn, so that calls take the fallback
+    "deepseek-r1": Abilities(False, True, None, False, False, True, True, True),
 }
 
 

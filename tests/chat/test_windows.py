@@ -18,10 +18,17 @@ from loraloop.episode import Message
 from loraloop.training_data import TrainingData
 
 ROOM = 1_000_000
-FAMILIES = ["chatml", "llama3.1", "qwen2.5", "qwen3", "lfm2-calls", "mistral", "gemma"]
-STEPS = {"gemma": [], "mistral": ["call", "two calls"], "qwen3": ["call", "say and call", "two calls"]}
+FAMILIES = ["chatml", "llama3.1", "qwen2.5", "qwen3", "lfm2-calls", "lfm2.5", "deepseek-v3.1", "deepseek-r1", "mistral", "gemma"]
+_CALLS = ["call", "say and call", "two calls"]
+STEPS = {"gemma": [], "mistral": ["call", "two calls"], "qwen3": _CALLS, "deepseek-v3.1": _CALLS, "deepseek-r1": _CALLS}
 LAST = {"gemma": ["say"], "mistral": ["say"]}
-OPENINGS = {"gemma": [[]], "mistral": [[]], "llama3.1": [[], ["system"]]}
+OPENINGS = {
+    "gemma": [[]],
+    "mistral": [[]],
+    "llama3.1": [[], ["system"]],
+    "qwen3": [[], ["system"], ["system", "say"], ["system", "system"]],
+    "deepseek-r1": [[], ["system"], ["system", "say"]],  # of several system turns it shows the last
+}
 
 
 def build(rounds: list[tuple[list[str], str]], words: list[str], *, opening: list[str], tools: bool) -> TrainingData:
@@ -38,6 +45,7 @@ def build(rounds: list[tuple[list[str], str]], words: list[str], *, opening: lis
             "user": [user(other)],
             "say": [agent(own)],
             "half": [agent(own, weight=0.5)],
+            "double": [agent(own, weight=2.0)],
             "unlearned": [agent(f"§{own}", weight=0.0)],
             "demo": [agent(other, is_demo=True)],
             "call": [agent(None, one), result(f"§{number + 1}§{filler}")],
@@ -60,7 +68,7 @@ def conversations(family: str) -> st.SearchStrategy[TrainingData]:
     steps = STEPS.get(family, ["call", "say and call", "two calls", "say", "demo", "unlearned"])
     a_round = st.tuples(
         st.lists(st.sampled_from(steps), max_size=5) if steps else st.just([]),
-        st.sampled_from(LAST.get(family, ["say", "half", "call", "unlearned"])),
+        st.sampled_from(LAST.get(family, ["say", "half", "double", "call", "unlearned"])),
     )
     return st.builds(
         build,
@@ -94,6 +102,8 @@ def test_every_agent_turn_is_trained_once_or_refused(family):
         assert len(refused) == len(refusals)
         trained = [text for row in rows for text in trained_texts(template, row)]
         assert trained == [text for index, text in words.items() if index not in refused]
+        if not refused:
+            assert sum(sum(row.weights) for row in rows) == sum(sum(row.weights) for row in whole)
         assert "§" not in "".join(trained)
         for row in rows:
             assert len(row.ids) <= max_length

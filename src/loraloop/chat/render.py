@@ -119,11 +119,10 @@ def _windows(source: Source, max_length: int) -> tuple[list[Row], list[Refusal]]
     rows = [uncut] if uncut else []
     waiting = [] if uncut else source.trained
     while waiting:
-        window = _best_window(source, waiting, max_length)
-        row = _row(source, *window, max_length) if window else None
+        row, is_foreign = _next_row(source, waiting, max_length)
         if row:
             rows.append(row)
-        elif window and not window[1]:
+        elif is_foreign:
             detail = "once it is there, the template renders what precedes it otherwise than in the model's prompt"
             refusals.append(source.refuse(waiting[0], "prompt_differs", detail))
         else:
@@ -137,6 +136,18 @@ def _windows(source: Source, max_length: int) -> tuple[list[Row], list[Refusal]]
     return rows, refusals
 
 
+def _next_row(source: Source, waiting: Sequence[int], max_length: int) -> tuple[Row | None, bool]:
+    """(the row that trains the first of `waiting` and those behind it, whether there is none because its prompt differs)."""
+    room = max_length
+    while window := _best_window(source, waiting, room):
+        if not window[1]:
+            return None, True
+        if row := _row(source, *window, max_length):
+            return row, False
+        room -= max(1, room // 16)  # counted too short: a prompt may show what the rendering by which it was counted does not
+    return None, False
+
+
 def _uncut(source: Source, max_length: int) -> Row | None:
     """The whole conversation as one row, if it fits and every turn stays unchanged in it."""
     if not source.trained:
@@ -145,13 +156,13 @@ def _uncut(source: Source, max_length: int) -> Row | None:
     if len(encoded.ids) > max_length:
         return None
     spans = list(source.iter_spans(0, source.trained))
-    return source.row(0, spans, encoded) if len(spans) == len(source.trained) else None
+    return _row(source, 0, spans, max_length) if len(spans) == len(source.trained) else None
 
 
 def _row(source: Source, start: int, spans: Sequence[Span], max_length: int) -> Row | None:
     """The window as a row, with fewer turns where it was counted too short; None when nothing fits."""
     for count in range(len(spans), 0, -1):
-        encoded = source.encode(start, spans[count - 1].turn)
+        encoded = source.encode(start, spans[count - 1].turn, spans[count - 1].spliced)
         if len(encoded.ids) <= max_length:
             return source.row(start, spans[:count], encoded)
     return None

@@ -44,6 +44,8 @@ class Row:
     n_tools_recorded: int = 0
     n_tools_rendered: int = 0
     """How many of the tools that the agent could call have their name in the prompt."""
+    n_reworded: int = 0
+    """Trained turns whose words do not stand in the text as they were recorded."""
     stretches: tuple[Stretch, ...] = ()
     """The whole text in order, by who wrote it."""
     tokens_by_author: dict[str, int] = field(default_factory=dict)

@@ -200,8 +200,10 @@ def _summarise(
     """The counts that are printed before the first step."""
     rows = [row for unit in units for row in unit.rows]
     by_role: Counter[str] = Counter()
+    by_author: Counter[str] = Counter()
     for row in rows:
         by_role.update(row.trained_by_role)
+        by_author.update(row.tokens_by_author)
     turns = (message for sample in samples for message in (*sample.messages, *sample.rejected_messages))
     has_tools = any(sample.tools for sample in samples) or any(message.tool_calls for message in turns)
     native = template.abilities.arguments is not None
@@ -222,4 +224,9 @@ def _summarise(
         elided=len({row.sample_number for row in rows if row.n_elided}),
         characters_elided=sum(row.n_elided for row in rows),
         prefix_broken=len({row.sample_number for row in rows if row.prefix_broken}),
+        prefix_broken_rows=sum(row.prefix_broken for row in rows),
+        tools_recorded=sum(row.n_tools_recorded for row in rows),
+        tools_rendered=sum(row.n_tools_rendered for row in rows),
+        turns_reworded=sum(row.n_reworded for row in rows),
+        tokens_by_author=dict(sorted(by_author.items())),
     )

@@ -29,6 +29,8 @@ class Span:
     turn: int
     start: int
     end: int
+    spliced: str | None = None
+    """The text of the window, where that is the prompt with the turn's words behind it and not the template's rendering of both."""
 
 
 @dataclass(frozen=True)
@@ -86,16 +88,21 @@ class Source:
         """Where the agent's words of `turns` stand in a window from `start`, up to one behind which those before would change."""
         before = ""
         for index in turns:
-            words = self.template.find_words(self._cut(self.turns, start, index + 1), self.tools)
+            turns_before = self._cut(self.turns, start, index + 1)
+            words = self.template.find_words(turns_before, self.tools)
+            if words is None and not before and (words := self.template.splice_words(turns_before, self.tools)):
+                self.prefix_broken = True
+                yield Span(index, words.start, words.end, words.text)
+                return
             if words is None or not words.text.startswith(before) or words.start < len(before):
                 self.prefix_broken |= bool(before)
                 return
             yield Span(index, words.start, words.end)
             before = words.text[: words.end]  # each is a prefix of the next, and so all are of the last
 
-    def encode(self, start: int, last: int) -> Encoded:
-        """The window from `start` through turn `last` as tokens."""
-        text = self.template.text(self._cut(self.turns, start, last + 1), self.tools)
+    def encode(self, start: int, last: int, spliced: str | None = None) -> Encoded:
+        """The window from `start` through turn `last` as tokens; of `spliced` where the span says so."""
+        text = spliced or self.template.text(self._cut(self.turns, start, last + 1), self.tools)
         return Encoded(text, *self.template.encode(text))
 
     def row(self, start: int, spans: Sequence[Span], encoded: Encoded) -> Row:
@@ -109,7 +116,7 @@ class Source:
                 weights[token] = (message.weight if message else 0.0) * self.sample.weight
             n_stops += any(weights[token] > 0 for token in tokens[-1:] if encoded.text_of(token) in self.template.stop_texts)
         recorded, rendered = self._count_calls(encoded.text, spans)
-        masked = self.template.text(self._cut(self._masked_turns, start, spans[-1].turn + 1), self.tools)
+        masked = self._masked_text(start, spans[-1])
         stretches = find_stretches(encoded.text, masked, self.messages, [(span.start, span.end) for span in spans])
         return Row(
             ids=encoded.ids,
@@ -123,6 +130,7 @@ class Source:
             n_calls_rendered=rendered,
             n_tools_recorded=len(self._tool_names),
             n_tools_rendered=self._n_tools_rendered,
+            n_reworded=sum(not self._stands(encoded.text, span) for span in spans),
             stretches=stretches,
             tokens_by_author=_count_by_author(stretches, encoded.offsets),
             is_window=start > self.n_head,
@@ -172,6 +180,18 @@ class Source:
             if not (message and message.is_agent) and words and any(part in piece for part in (words[:N_TELLING], words[-N_TELLING:])):
                 return "user" if turn["role"] == "assistant" else str(message.role if message else "system")
         return "assistant"
+
+    def _stands(self, text: str, span: Span) -> bool:
+        """Whether what the agent said in a turn is in the window as it was recorded."""
+        message = self.messages[span.turn]
+        return text.find((message.content or "").rstrip() if message else "", span.start, span.end) >= 0
+
+    def _masked_text(self, start: int, last: Span) -> str:
+        """The window through `last` with the words of everybody but the agent replaced."""
+        if last.spliced is None:
+            return self.template.text(self._cut(self._masked_turns, start, last.turn + 1), self.tools)
+        prompt = self.template.text(self._cut(self._masked_turns, start, last.turn), self.tools, generation_prompt=True)
+        return prompt + last.spliced[last.start :]
 
     @cached_property
     def _masked_turns(self) -> list[Turn]:

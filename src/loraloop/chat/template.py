@@ -110,6 +110,20 @@ class ChatTemplate:
         text = self.text([_ASK, {"role": "assistant", "content": " probe  answer"}, _ASK])
         return sum(len(self.encode(piece)[0]) for piece in self._special.split(text)) == len(self.encode(text)[0])
 
+    @cached_property
+    def own_words(self) -> str:
+        """What the template says itself at the beginning of a conversation that has no system turn; "" when nothing."""
+        opening = self.text([_ASK]).partition(str(_ASK["content"]))[0]
+        between = self.text([_ASK, {"role": "assistant", "content": "probe answer"}, _ASK]).rpartition(str(_ASK["content"]))[0]
+        markers = set(self._special.sub(" ", between.rpartition("probe answer")[2]).split())
+        words = [word for word in self._special.sub(" ", opening).split() if word not in markers]
+        return " ".join(words[words[:1] == ["system"] :])
+
+    @cached_property
+    def is_dated(self) -> bool:
+        """Whether the template may write the date of the day on which it renders, so that rows differ from day to day."""
+        return "strftime_now" in str(self.tokenizer.chat_template)
+
     def text(self, turns: Sequence[Turn], tools: Sequence[Any] = (), *, generation_prompt: bool = False) -> str:
         """The template's rendering of prepared turns; raises RenderError with the template's own complaint."""
         try:
@@ -143,9 +157,35 @@ class ChatTemplate:
         start = self._find_start(text, turns[:-1], tools)
         if start is None:
             return None
+        return self._words(text, start)
+
+    def splice_words(self, turns: Sequence[Turn], tools: Sequence[Any] = ()) -> Words | None:
+        """The agent's words in the last of `turns` behind the prompt that the model would be given, where that is not how the template
+        renders what precedes them once they are there (see `find_words`): the prompt itself, and the words as the template has them.
+
+        None when it cannot be told where in the template's rendering the words begin.
+        """
+        before = turns[:-1]
+        if not before:
+            return None
+        text = self.text(turns, tools)
+        prompt = self.text(before, tools, generation_prompt=True)
+        opening = prompt[_n_common(prompt, self.text(before, tools)) :]
+        if not opening:  # no prompt of its own: the words follow the special token at the end of what precedes them
+            opening = next((special for special in self.stop_texts if prompt.endswith(special)), "")
+        marked = self.text([*before, {"role": "assistant", "content": _unused_mark(text)}], tools)
+        start = text.rfind(opening, 0, _n_common(text, marked)) if opening else -1
+        if start < 0:
+            return None
+        return self._words(prompt + text[start + len(opening) :], len(prompt))
+
+    def _words(self, text: str, start: int) -> Words:
         words = text[start:].rstrip()
-        if not words.endswith(self.stop_texts):
+        stop = next((special for special in self.stop_texts if words.endswith(special)), None)
+        if stop is None:
             raise RenderError("the template ends an agent turn without a special token, so the model would never learn to stop")
+        if words.count(stop) > 1:
+            raise RenderError(f"the template ends an agent turn more than once ({stop}), so the model would learn to go on behind its end")
         return Words(text, start, start + len(words))
 
     def special_text_in(self, turn: Turn) -> str | None:
@@ -203,9 +243,7 @@ class ChatTemplate:
             if not text.startswith(self.text(before, tools)):
                 return None
         # nothing precedes the turn, or the prompt opens what this turn does not have, such as a thought: see where a marker goes
-        marker = "\u2063"
-        while marker in text:
-            marker += "\u2063"
+        marker = _unused_mark(text)
         marked = self.text([*before, {"role": "assistant", "content": marker}], tools)
         head = marked.partition(marker)[0]
         return len(head) if marker in marked and text.startswith(head) else None
@@ -219,6 +257,20 @@ class ChatTemplate:
 
     def _render(self, turns: list[Turn], tools: list[Any] | None, generation_prompt: bool) -> str:
         return str(self.tokenizer.apply_chat_template(turns, tools=tools, add_generation_prompt=generation_prompt, tokenize=False))
+
+
+def _n_common(first: str, second: str) -> int:
+    """How many characters two texts have in common at their beginning."""
+    pairs = zip(first, second, strict=False)
+    return next((number for number, (one, other) in enumerate(pairs) if one != other), min(len(first), len(second)))
+
+
+def _unused_mark(text: str) -> str:
+    """Invisible characters that do not stand in `text`."""
+    marker = "\u2063"
+    while marker in text:
+        marker += "\u2063"
+    return marker
 
 
 def parse_arguments(call: ToolCall) -> dict[str, Any]:
@@ -265,14 +317,18 @@ def _probe(render: Callable[[list[Turn], list[Any] | None, bool], str]) -> Abili
         except Exception:  # noqa: BLE001  a template that raises on a probe does not have the ability
             return ""
 
-    def calls(arguments: object, names: tuple[str, ...]) -> list[Turn]:
+    def calls(arguments: object, content: str = "", names: tuple[str, ...] = ("probe_one",)) -> list[Turn]:
         made = [
             {"type": "function", "id": f"probecal{i}", "function": {"name": name, "arguments": arguments}} for i, name in enumerate(names)
         ]
-        return [_ASK, {"role": "assistant", "content": "", "tool_calls": made}]
+        return [_ASK, {"role": "assistant", "content": content, "tool_calls": made}]
+
+    plain = rendered([_ASK, {"role": "assistant", "content": "probe words"}])
+    end = plain.rstrip().rpartition("probe words")[2]
 
     def keeps(text: str, *parts: str) -> bool:
-        return all(part in text for part in parts) and '\\"probe_key' not in text
+        whole = all(part in text for part in parts) and '\\"probe_key' not in text
+        return whole and (not end or text.count(end) <= plain.count(end))  # one that ends the turn twice would teach to go on
 
     def opens(tools: list[Any] | None) -> bool:
         first = rendered([{"role": "assistant", "content": "probe opening"}], tools)
@@ -280,19 +336,19 @@ def _probe(render: Callable[[list[Turn], list[Any] | None, bool], str]) -> Abili
 
     arguments: Literal["object", "text"] | None = None
     given: object = {"probe_key": "probe_value"}
-    if keeps(rendered(calls(given, ("probe_one",))), "probe_one", "probe_key", "probe_value"):
+    shown = ("probe_one", "probe_key", "probe_value")
+    if keeps(rendered(calls(given)), *shown):
         arguments = "object"
-    elif keeps(rendered(calls('{"probe_key": "probe_value"}', ("probe_one",))), "probe_one", "probe_key", "probe_value"):
-        arguments, given = "text", '{"probe_key": "probe_value"}'
+    elif keeps(rendered(calls(as_text := '{"probe_key": "probe_value"}')), *shown):
+        arguments, given = "text", as_text
     answer: Turn = {"role": "tool", "content": "probe_result", "tool_call_id": "probecal0", "name": "probe_one"}
-    called = calls(given, ("probe_one",))
-    said = [_ASK, {**called[1], "content": "probe words"}]
+    called = calls(given)
     return Abilities(
         tools="probe_tool" in rendered([_ASK], [_PROBE_TOOL]),
         tool_role="probe_result" in rendered([*(called if arguments else [_ASK, {"role": "assistant", "content": "probe call"}]), answer]),
         arguments=arguments,
-        parallel_calls=keeps(rendered(calls(given, ("probe_one", "probe_two"))), "probe_one", "probe_two", "probe_key"),
-        content_with_calls=keeps(rendered(said), "probe words", "probe_one", "probe_key"),
+        parallel_calls=keeps(rendered(calls(given, "", ("probe_one", "probe_two"))), *shown, "probe_two"),
+        content_with_calls=keeps(rendered(calls(given, "probe words")), *shown, "probe words"),
         users_in_a_row=bool(rendered([_ASK, _ASK])),
         agent_opens_bare=opens(None),
         agent_opens_with_tools=opens([_PROBE_TOOL]),

@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from loraloop.cli.report import check_report_options, make_report
 from loraloop.cli.screen import DEFAULT_PROJECT, JsonOption, ProjectOption, by_reason, err, show_next, show_table, write_line
 from loraloop.dataset.settings import DatasetSettings
 from loraloop.errors import EmptyData, SettingsError
 from loraloop.files import json_line
+from loraloop.lora.config import LoraTrainerConfig, TrainOptions
 
 if TYPE_CHECKING:
     from loraloop.dataset import Dataset
@@ -18,11 +20,19 @@ if TYPE_CHECKING:
     from loraloop.plugins import LearnModel
 
 DEFAULTS = DatasetSettings()
-EXAMPLES = """Example: loraloop build --min-score 0.5 --held-out 0.2
+TRAINER = LoraTrainerConfig()
+OPTIONS = TrainOptions()
+EXAMPLES = """Examples:
 
-Pairs: loraloop build --method dpo --min-quality-gap 0.3 --pairing divergence
+loraloop build --min-score 0.5 --held-out 0.2
 
-Tasks by kto: loraloop build --method kto --learn-model worker_task --max-per-task 4 --json"""
+loraloop build --method dpo --min-quality-gap 0.3 --pairing divergence
+
+loraloop build --method dpo --min-quality-gap 0.3 --pairing divergence
+
+loraloop build --method kto --learn-model worker_task --max-per-task 4 --json
+
+loraloop build --base ./SmolLM2-135M-Instruct --show 3"""
 
 
 def register(app: typer.Typer) -> None:
@@ -64,6 +74,11 @@ def build(
     ] = DEFAULTS.unknown_license,
     scenario: Annotated[str | None, _option("Only episodes of this scenario.")] = None,
     outcome: Annotated[str | None, _option("Only episodes that ended so: success, failure, timeout, unknown.")] = None,
+    base: Annotated[str | None, _option("Report what a training of this base model would be shown.", "--base")] = None,
+    show: Annotated[Count, _option("Print so many samples: who wrote what, and its weight.")] = None,
+    html: Annotated[Path | None, _option("Where the report goes as a page; beside the dataset without it.")] = None,
+    max_seq_length: Annotated[int, _option("Of the report: tokens of a row.")] = TRAINER.max_seq_length,
+    long: Annotated[str, _option("Of the report: what is longer. window, elide or refuse.")] = OPTIONS.long,
     as_json: JsonOption = False,
 ) -> None:
     """Freeze a dataset, some tasks held out. Every episode is in a sample, or refused once for a reason that is counted."""
@@ -82,12 +97,18 @@ def build(
     pairs = {"min_quality_gap": min_quality_gap, "max_pairs": max_pairs, "allow_reuse": allow_reuse or None, "pairing": pairing}
     told = {"min_score": min_score, "score_range": scale, "include_timeouts": include_timeouts or None, "failure_weight": failure_weight}
     how = {name: value for name, value in (told | pairs).items() if value is not None}
+    check_report_options(show, max_seq_length, long)
     dataset = _build(project, compose(method, learn_model, how), settings, _episode_filter(scenario, outcome))
+    wanted_report = base is not None or show is not None or html is not None
+    report = make_report(project, dataset.id, base, html, options=(show, max_seq_length, long)) if wanted_report else None
     if as_json:
-        write_line(json_line(_to_json(dataset)))
+        looked = {} if report is None else {"report": report.findings.model_dump(mode="json", exclude={"shown"}), "page": str(report.page)}
+        write_line(json_line({**_to_json(dataset), **looked}))
     else:
         show_built(dataset)
-    show_next("loraloop train --base MODEL", project)
+    if report is not None:
+        report.show(console=err() if as_json else None, n_samples=show or 0)
+    show_next(f"loraloop train --base {base or 'MODEL'}", project)
 
 
 def show_built(dataset: Dataset) -> None:

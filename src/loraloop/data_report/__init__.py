@@ -1,0 +1,1 @@
+"""The report that shows, before any training, what the data will teach: findings, a page, plots."""
