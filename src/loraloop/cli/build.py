@@ -28,8 +28,6 @@ loraloop build --min-score 0.5 --held-out 0.2
 
 loraloop build --method dpo --min-quality-gap 0.3 --pairing divergence
 
-loraloop build --method dpo --min-quality-gap 0.3 --pairing divergence
-
 loraloop build --method kto --learn-model worker_task --max-per-task 4 --json
 
 loraloop build --base ./SmolLM2-135M-Instruct --show 3"""
