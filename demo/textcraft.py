@@ -193,15 +193,16 @@ class Play:
     reward: float = 0.0
 
 
-def play_expert(environment: TextCraftEnvironment, task: Task) -> Play:
+def play_expert(environment: TextCraftEnvironment, task: Task, max_steps: int = MAX_STEPS) -> Play:
     """The expert's play of `task`."""
     observation = environment.reset(task)
-    return _play(environment, observation, Expert(environment, task.goal).turns())
+    return _play(environment, observation, itertools.islice(Expert(environment, task.goal).turns(), max_steps))
 
 
-def play_random(environment: TextCraftEnvironment, task: Task, chance: random.Random) -> Play:
+def play_random(environment: TextCraftEnvironment, task: Task, chance: random.Random, max_steps: int = MAX_STEPS) -> Play:
     """A play of commands picked blindly."""
-    return _play(environment, environment.reset(task), random_actions(environment, chance))
+    observation = environment.reset(task)
+    return _play(environment, observation, itertools.islice(random_actions(environment, chance), max_steps))
 
 
 def to_tau_bench(task: Task, play: Play, system: str, trial: int) -> dict[str, object]:
@@ -228,9 +229,9 @@ def item_name(item_id: str) -> str:
 
 
 def _play(environment: TextCraftEnvironment, observation: str, turns: Iterator[str]) -> Play:
-    """Play until the environment ends it, the script does, or MAX_STEPS."""
+    """Play until the environment ends it or there are no turns left."""
     play = Play()
-    for turn in itertools.islice(turns, MAX_STEPS):
+    for turn in turns:
         play.turns.append((observation, turn))
         observation, play.reward, done = environment.step(turn.splitlines()[-1])
         if done:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from loraloop.dataset.settings import DatasetSettings
 from loraloop.learn.outcome_rules import OutcomeSettings, to_markdown
 from loraloop.lora.config import LoraTrainerConfig, TrainOptions
 
@@ -34,9 +35,11 @@ def cli_page() -> str:
 
 
 def settings_page() -> str:
-    """The fields of the trainer's configuration, with the string under each as its description."""
-    parts = ["# Settings\n\nWritten by `make docs` from `loraloop.lora.config`. Every value is checked when it is set.\n"]
-    for kind in (LoraTrainerConfig, TrainOptions):
+    """The fields of the trainer's configuration and of a dataset's, with the string under each as its description."""
+    parts = [
+        "# Settings\n\nWritten by `make docs` from `loraloop.lora.config` and `loraloop.dataset.settings`. Every value is checked when it is set.\n"
+    ]
+    for kind in (LoraTrainerConfig, TrainOptions, DatasetSettings):
         rows = "\n".join(_rows(kind))
         parts.append(f"## {kind.__name__}\n\n{inspect.getdoc(kind)}\n\n| field | default | |\n|---|---|---|\n{rows}\n")
     return "\n".join(parts)

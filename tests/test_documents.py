@@ -52,11 +52,29 @@ def test_the_readme_is_one_page_with_the_two_commands() -> None:
 
 def test_every_refusal_code_of_build_and_train_is_documented() -> None:
     text = (ROOT / "docs" / "concepts.md").read_text()
-    sources = [path for part in ("learn", "chat") for path in (ROOT / "src/loraloop" / part).glob("*.py")]
+    sources = [path for part in ("learn", "chat", "dataset") for path in (ROOT / "src/loraloop" / part).glob("*.py")]
     found = r'(?:reason=|(?:Fault|NoPair|LeftOut)\(|refuse\(\w+(?:\.\w+)?(?:\[0\])?, )"(\w+)"'
     codes = {code for path in sources for code in re.findall(found, path.read_text())}
-    assert len(codes) >= 25
+    codes |= {code for path in sources for code in re.findall(r'\("((?:near_)?duplicate|cap_\w+)"', path.read_text())}
+    assert len(codes) >= 32
     assert {code for code in codes if f"`{code}`" not in text} == set()
+
+
+def test_every_format_tag_and_refusal_code_of_ingest_is_documented() -> None:
+    text = (ROOT / "docs" / "formats.md").read_text()
+    sources = [path.read_text() for path in (ROOT / "src/loraloop/importers").glob("*.py")]
+    codes = {code for source in sources for code in re.findall(r'(?:EntryRefused\(|reason=)"(\w+)"', source)}
+    tags = {
+        "padded_keys_removed",
+        "decoded_arguments",
+        "invented_observations",
+        "demonstration",
+        "score_scale",
+        "ignored_keys",
+        "outcome_from",
+    }
+    assert len(codes) >= 15
+    assert {name for name in codes | tags | set(list_names("importers")) if f"`{name}`" not in text} == set()
 
 
 def test_every_plugin_that_is_listed_loads() -> None:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from loraloop.dataset import MANIFEST_FILE, TRAIN_FILE
+from loraloop.dataset import MANIFEST_FILE, TRAIN_FILE, DatasetSettings
+from loraloop.episode import EpisodeMetadata
 from loraloop.errors import DatasetError, ImportFailed
 from loraloop.project import Project
 from loraloop.testing import make_episode
@@ -20,8 +21,15 @@ CHAT = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "c
 def project(tmp_path: Path) -> Iterator[Project]:
     """A project with ten solved tasks."""
     with Project(tmp_path / "project") as opened:
-        opened.store.append_many([make_episode(task_id=str(number)) for number in range(10)])
+        for number in range(10):
+            said = [{"role": "user", "content": f"question {number}"}, {"role": "assistant", "content": f"answer {number}"}]
+            opened.store.append(make_episode(task_id=str(number), messages=said, metadata=EpisodeMetadata(tags={"license": "own"})))
         yield opened
+
+
+def more(fraction: float = 0.6) -> DatasetSettings:
+    """Another dataset of the same episodes."""
+    return DatasetSettings(held_out_fraction=fraction)
 
 
 def backdate(project: Project, seconds: float) -> None:
@@ -32,21 +40,24 @@ def backdate(project: Project, seconds: float) -> None:
 
 
 def test_what_was_built_last_is_trained_on_even_when_it_was_there_before(project: Project) -> None:
-    first = project.build()
+    first = project.build(settings=more(0.0))
     backdate(project, 10)
-    second = project.build(held_out_fraction=0.6)
+    second = project.build(settings=more())
     assert first.id != second.id
     assert project.get_dataset() == second
     backdate(project, 10)
-    assert project.build() == first
-    assert project.get_dataset() == first
-    assert [dataset.id for dataset in project.list_datasets()] == [second.id, first.id]
+    assert project.build(settings=more()) == second
+    third = project.build(settings=more(0.0))
+    assert project.get_dataset() == third
+    assert third.id != first.id, "what the second held out stays held out"
+    assert third.manifest.held_out == second.manifest.held_out
+    assert project.list_datasets()[-1] == third
 
 
 def test_a_damaged_dataset_stops_only_what_needs_it(project: Project) -> None:
     damaged = project.build()
     (damaged.path / TRAIN_FILE).write_text("")
-    good = project.build(held_out_fraction=0.6)
+    good = project.build(settings=more())
     assert project.get_dataset(good.id) == good
     with pytest.raises(DatasetError, match=rf"remove .*{damaged.id} and build the dataset again"):
         project.get_dataset(damaged.id)
@@ -57,7 +68,7 @@ def test_an_id_may_be_cut_short_while_it_means_one_dataset(project: Project) -> 
         project.get_dataset()
     with pytest.raises(DatasetError, match="0 datasets begin with 'x'; known: none; make one with `loraloop build`"):
         project.get_dataset("x")
-    first, second = project.build(), project.build(held_out_fraction=0.6)
+    first, second = project.build(), project.build(settings=more())
     assert project.get_dataset(first.id[:20]) == first
     with pytest.raises(DatasetError, match=rf"2 datasets begin with ''; known: .*{second.id}"):
         project.get_dataset("")

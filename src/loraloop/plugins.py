@@ -25,7 +25,11 @@ class EpisodeStore(Protocol):
     """Keeps episodes. Order is by time of creation (`metadata.created_at`), then id. Raises StoreError for trouble of its own."""
 
     def append(self, episode: Episode) -> bool:
-        """Keep `episode`; False when the very same is there already. Raises StoreError when another one has its id."""
+        """Keep `episode`; False when the very same is there already, or one that continues it.
+
+        One that continues an open episode takes its place, without a new one in the order. Raises StoreError when another one has
+        its id.
+        """
         ...
 
     def append_many(self, episodes: Sequence[Episode]) -> list[bool]:

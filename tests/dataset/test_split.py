@@ -21,28 +21,7 @@ from loraloop.learn.conversation import ConversationLearn
 from loraloop.project import Project
 from loraloop.testing import make_episode
 
-WORDS = [
-    "red",
-    "green",
-    "blue",
-    "boat",
-    "house",
-    "river",
-    "stone",
-    "cloud",
-    "paper",
-    "glass",
-    "table",
-    "chair",
-    "north",
-    "south",
-    "east",
-    "west",
-    "fast",
-    "slow",
-    "round",
-    "square",
-]
+WORDS = [f"{colour}{thing}" for colour in ("red", "green", "blue", "grey") for thing in ("boat", "house", "stone", "cloud", "table")]
 LONG = (
     "please find the cheapest direct flight from the city of my user to the place that he named and book it for next friday in the morning"
 )
@@ -92,7 +71,7 @@ def are_of_one_task(one: Episode, other: Episode) -> bool:
         return True
     requests = [triples(each.messages[0].content or "") for each in (one, other)]
     whole = [triples("\n".join(f"{message.role} {message.content}" for message in each.messages)) for each in (one, other)]
-    return alike(*requests) >= 0.8 or alike(*whole) >= 0.9
+    return alike(*requests) >= 0.7 or alike(*whole) >= 0.9
 
 
 def random_corpus(draw: random.Random) -> list[Episode]:
@@ -260,9 +239,10 @@ def test_when_all_that_is_there_was_held_out_nothing_is_trained(tmp_path: Path) 
 
 def test_a_filter_does_not_hide_a_held_out_near_duplicate(tmp_path: Path) -> None:
     """A third task, which the filter leaves out, is near-equal to both."""
-    words = [f"w{number}" for number in range(100)]
-    chain = [" ".join([*words[: 100 - 8 * step], *(f"x{step}y{number}" for number in range(8 * step))]) for step in range(3)]
-    assert alike(triples(chain[0]), triples(chain[2])) < 0.8
+    old, new, other = ([f"{name}{number}" for number in range(12)] for name in ("old", "new", "other"))
+    common = [f"w{number}" for number in range(80)]
+    chain = [" ".join([*first, *common, *last]) for first, last in ((old, old), (new, old), (new, other))]
+    assert alike(triples(chain[0]), triples(chain[2])) < 0.7
     with Project(tmp_path) as project:
         for number, text in enumerate(chain):
             scenario = EpisodeMetadata(scenario="middle" if number == 1 else "ends", created_at=0)

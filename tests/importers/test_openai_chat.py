@@ -234,6 +234,74 @@ def test_demonstration_turns_are_marked(write):
     assert [message.is_agent for message in read_row(write, messages=say).messages] == [False, True]
 
 
+def test_turns_of_another_author_are_not_the_agents(write):
+    say = [
+        {"role": "assistant", "content": text, "author": author} for text, author in (("x", "simulated_user"), ("y", "agent"), ("z", None))
+    ]
+    episode = read_row(write, messages=say)
+    assert [message.is_agent for message in episode.messages] == [False, True, True]
+    assert [message.author for message in episode.messages] == ["simulated_user", "agent", None]
+    assert "ignored_keys" not in episode.metadata.tags
+
+
+def call(arguments, name="find"):
+    return [{"role": "assistant", "tool_calls": [{"id": "c", "function": {"name": name, "arguments": arguments}}]}]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kept", "n_decoded"),
+    [
+        ('{"a":  1}', '{"a":  1}', None),
+        (json.dumps('{"a":  1}'), '{"a":  1}', "1"),
+        (json.dumps(json.dumps('{"a":  1}')), '{"a":  1}', "1"),
+        ('{"a": "{}"}', '{"a": "{}"}', None),
+        ('"half', '"half', None),
+        ("not json", "not json", None),
+        ("[1]", "[1]", None),
+        ("", "", None),
+    ],
+)
+def test_arguments_that_were_encoded_twice_are_decoded_and_counted(write, arguments, kept, n_decoded):
+    episode = read_row(write, messages=call(arguments))
+    assert episode.messages[0].tool_calls[0].function.arguments == kept
+    assert episode.metadata.tags.get("decoded_arguments") == n_decoded
+
+
+def tool(name, properties, **more):
+    return {"type": "function", "function": {"name": name, "parameters": {"type": "object", "properties": properties, **more}}}
+
+
+def test_keys_that_a_table_format_padded_are_taken_out_and_counted(write):
+    text = {"type": "string", "default": None, "enum": None}
+    padded = [tool("find", {"where": text, "shelf": None}, required=["where"]), tool("open", {"where": None, "shelf": text}, required=None)]
+    episode = read_row(write, tools=padded, messages=call({"where": "x", "shelf": None}))
+    plain = [tool("find", {"where": {"type": "string"}}, required=["where"]), tool("open", {"shelf": {"type": "string"}})]
+    assert list(episode.tools) == plain
+    assert episode.messages[0].tool_calls[0].function.arguments == '{"where":"x"}'
+    assert episode.metadata.tags["padded_keys_removed"] == "8"
+
+
+def test_nulls_that_mean_something_stay(write):
+    default = {"anyOf": [{"type": "string"}, {"type": "null"}], "default": None}
+    other = {"enum": ["a", None], "const": None, "examples": [None, {"a": None}]}
+    tools = [tool("find", {"where": default, "default": {"type": "string", "default": None}, "kind": other})]
+    episode = read_row(write, tools=tools, messages=call({"where": None}))
+    assert list(episode.tools) == tools
+    assert episode.messages[0].tool_calls[0].function.arguments == '{"where":null}'
+    assert "padded_keys_removed" not in episode.metadata.tags
+
+
+def test_arguments_of_a_tool_that_is_not_listed_are_kept_as_they_are(write):
+    episode = read_row(write, tools=[tool("find", {"where": {}})], messages=call({"x": None}, name="other"))
+    assert episode.messages[0].tool_calls[0].function.arguments == '{"x":null}'
+
+
+@pytest.mark.parametrize("change", [{"weight": 0}, {"is_demo": True}, {"author": "teacher"}])
+def test_an_observation_inside_a_turn_that_is_not_learned_is_kept(write, change):
+    trace = {"role": "assistant", "content": "Action: a\nObservation: b", **change}
+    assert read_row(write, messages=[trace, {"role": "assistant", "content": "c"}]).messages[0].content == trace["content"]
+
+
 @pytest.mark.parametrize(
     ("name", "n_entries"),
     [("fireact_hotpotqa.jsonl", 500), ("tau2_train_sft-v1-small.jsonl", 37)],

@@ -154,3 +154,63 @@ def test_an_episode_built_from_calls_is_not_learned_before_somebody_judges_it():
     closed = episode.model_copy(update={"is_open": False})
     assert ConversationLearn().convert(closed).reason == "outcome_unknown"
     assert ConversationLearn().convert(closed.model_copy(update={"outcome": Success()})).messages == (ASK, ANSWER)
+
+
+# --- calls whose history was rewritten --------------------------------------------------------------------------------------
+
+LATER, LAST = Message(role="user", content="And hard?"), Message(role="assistant", content="Ten.")
+SUMMARY = Message(role="user", content="In short: an egg boils seven minutes. And hard?")
+
+
+def from_calls(*calls: LlmCallRecord):
+    (episode,) = ConversationLearn().build_episodes([call.model_copy(update={"task_id": "egg"}) for call in calls])
+    return episode.model_copy(update={"is_open": False, "outcome": Success()})
+
+
+def test_calls_that_continue_one_another_are_one_sample():
+    episode = from_calls(llm_call(ASK), llm_call(ASK, ANSWER, LATER, response=LAST))
+    (sample,) = ConversationLearn().convert_group([episode])
+    assert sample.messages == (ASK, ANSWER, LATER, LAST)
+    assert ConversationLearn().convert(episode) == sample
+
+
+def test_a_compacted_history_gives_one_sample_a_call_and_every_answer_is_learned_once():
+    episode = from_calls(llm_call(ASK), llm_call(SUMMARY, response=LAST), llm_call(SUMMARY, LAST, ASK))
+    refusal = ConversationLearn().convert(episode)
+    assert (refusal.reason, "3 samples, one a call" in refusal.detail) == ("history_rewritten", True)
+    samples = ConversationLearn().convert_group([episode])
+    assert [[turn.content for turn in sample.messages] for sample in samples] == [
+        ["How long?", "Seven minutes."],
+        [SUMMARY.content, "Ten."],
+        [SUMMARY.content, "Ten.", "How long?", "Seven minutes."],
+    ]
+    learned = [[turn.content for turn in sample.messages if turn.is_agent and turn.weight] for sample in samples]
+    assert learned == [["Seven minutes."], ["Ten."], ["Seven minutes."]]
+    assert {(sample.episode_id, sample.split_key) for sample in samples} == {(episode.id, "/egg")}
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        ANSWER.model_copy(update={"content": "7 minutes."}),
+        Message.model_validate({"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}),
+    ],
+)
+def test_an_answer_that_the_next_call_tells_otherwise_is_a_rewritten_history(changed):
+    episode = from_calls(llm_call(ASK), llm_call(ASK, changed, LATER, response=LAST))
+    assert len(ConversationLearn().convert_group([episode])) == 2
+
+
+def test_an_empty_text_and_none_are_the_same_history():
+    call = {"role": "assistant", "tool_calls": [{"id": "1", "function": {"name": "f", "arguments": "{}"}}]}
+    asked, told = (Message.model_validate({**call, "content": content}) for content in (None, ""))
+    result = Message(role="tool", content="7", tool_call_id="1")
+    episode = from_calls(llm_call(ASK, response=asked), llm_call(ASK, told, result))
+    assert len(ConversationLearn().convert_group([episode])) == 1
+
+
+def test_an_answer_that_was_asked_for_again_is_no_rewritten_history():
+    dropped = llm_call(ASK, response=Message(role="assistant", content="Two."))
+    episode = from_calls(dropped, llm_call(ASK), llm_call(ASK, ANSWER, LATER, response=LAST))
+    (sample,) = ConversationLearn().convert_group([episode])
+    assert sample.messages == (ASK, ANSWER, LATER, LAST)

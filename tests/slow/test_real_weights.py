@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from loraloop.base_model import BaseModel, resolve_base, tune_process
+from loraloop.dataset import DatasetSettings
 from loraloop.episode import Episode, EpisodeFilter, Success
 from loraloop.evaluate.rollout import load_player, play
 from loraloop.learn.conversation import ConversationLearn
@@ -37,7 +38,7 @@ def test_a_few_steps_on_tau_bench_lower_the_held_out_loss(shared_data: Path, bas
     with Project(tmp_path / "project") as project:
         [report] = project.ingest([shared_data / "tau_bench" / "gpt-4o-airline.json"])
         assert report.stored == 140
-        dataset = project.build()
+        dataset = project.build(settings=DatasetSettings(unknown_license="allow"))
         assert dataset.manifest.episodes == 140
         assert dataset.manifest.samples + dataset.manifest.held_out == 43
         config = LoraTrainerConfig(
@@ -73,7 +74,8 @@ def test_an_adapter_trained_on_failures_does_not_play_better(smollm2: Path, base
         list(project.ingest([recorded]))
         n_failed = project.store.count(EpisodeFilter(outcome="failure"))
         assert n_failed >= 60
-        project.build(LearnFailures(), episode_filter=EpisodeFilter(outcome="failure"), held_out_fraction=0.0)
+        settings = DatasetSettings(held_out_fraction=0.0, unknown_license="allow")
+        project.build(LearnFailures(), episode_filter=EpisodeFilter(outcome="failure"), settings=settings)
         model = project.train(demo.CONFIG.replace(base_model=str(smollm2)))  # one pass over all of them, as the demo trains
     environments = [textcraft.TextCraftEnvironment(tree) for _ in held_out]
     played = play(load_player(base, str(model.adapter_path)), environments, held_out, system=demo.SYSTEM, limits=demo.LIMITS)

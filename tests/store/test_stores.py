@@ -86,6 +86,7 @@ BROKEN = {
     "'' for None": keeps_changed(messages=lambda messages: tuple(change(m, content=lambda text: text or "") for m in messages)),
     "loses records": keeps_changed(records=lambda _: ()),
     "takes a conflict for the same": {"append_many": lambda self, all_: append_many(self, [self.find(e.id) or e for e in all_])},
+    "counts an episode again when it goes on": {"append_many": lambda self, all_: [append_many(self, [e])[0] or e.is_open for e in all_]},
     "never ends": {"iter_episodes": iterate_over_the_living_list},
     "shares what it keeps": {"find": lambda self, episode_id: self._episodes.get(episode_id)},
     "counts a page": {"count": lambda self, episode_filter=None: len(self.query(episode_filter))},

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from loraloop.cli.build import show_built
 from loraloop.cli.screen import DEFAULT_PROJECT, JsonOption, ProjectOption, by_reason, show_next, show_table, write_line
 from loraloop.files import json_line
 
@@ -81,22 +82,27 @@ def list_datasets(project: ProjectOption = DEFAULT_PROJECT, as_json: JsonOption 
         found = opened.list_datasets()
     if as_json:
         for dataset in found:
-            write_line(json_line({**dataset.manifest.model_dump(), "path": str(dataset.path)}))
+            write_line(json_line({**dataset.manifest.model_dump(mode="json"), "path": str(dataset.path)}))
         return
-    rows = [[d.id, d.manifest.method, str(d.manifest.samples), str(d.manifest.held_out), by_reason(d.manifest.refused)] for d in found]
-    show_table(f"{len(found)} datasets", ["id", "method", "samples", "held out", "refused"], rows)
+    rows = [
+        [d.id, d.manifest.method, str(d.manifest.samples), str(d.manifest.pairs), str(d.manifest.held_out), by_reason(d.manifest.refused)]
+        for d in found
+    ]
+    show_table(f"{len(found)} datasets", ["id", "method", "samples", "of them pairs", "held out", "refused"], rows)
     show_next("loraloop train --base MODEL" if found else "loraloop build", project)
 
 
 @datasets.command("show", epilog="Example: loraloop datasets show 4f1c…")
 def show_dataset(dataset_id: IdArgument, project: ProjectOption = DEFAULT_PROJECT, as_json: JsonOption = False) -> None:
-    """Show one dataset's manifest; the id may be cut short."""
+    """Show what one dataset holds and what became of every episode; the id may be cut short. --json is the whole manifest."""
     from loraloop.project import Project
 
     with Project(project, create=False) as opened:
         dataset = opened.get_dataset(dataset_id)
-    _show_object({**dataset.manifest.model_dump(), "path": str(dataset.path)}, as_json=as_json)
-    if not as_json:
+    if as_json:
+        write_line(json_line({**dataset.manifest.model_dump(mode="json"), "path": str(dataset.path)}))
+    else:
+        show_built(dataset)
         show_next(f"loraloop train --base MODEL --dataset {dataset.id}", project)
 
 

@@ -9,26 +9,26 @@ import typer
 
 from loraloop.cli.report import check_report_options, make_report
 from loraloop.cli.screen import DEFAULT_PROJECT, JsonOption, ProjectOption, by_reason, err, show_next, show_table, write_line
+from loraloop.dataset.settings import DatasetSettings
 from loraloop.errors import EmptyData, SettingsError
 from loraloop.files import json_line
 from loraloop.lora.config import LoraTrainerConfig, TrainOptions
 
 if TYPE_CHECKING:
-    from loraloop.dataset import Dataset, DatasetSettings
+    from loraloop.dataset import Dataset
     from loraloop.episode import EpisodeFilter
     from loraloop.plugins import LearnModel
 
 TRAINER = LoraTrainerConfig()
 OPTIONS = TrainOptions()
-EXAMPLES = """Examples:
+DEFAULTS = DatasetSettings()
+EXAMPLES = """Example: loraloop build --min-score 0.5 --held-out 0.2
 
-loraloop build --min-score 0.5 --unknown-license allow
+Pairs: loraloop build --method dpo --min-quality-gap 0.3 --pairing divergence
 
-loraloop build --method dpo --min-quality-gap 0.3 --pairing divergence
+Tasks by kto: loraloop build --method kto --learn-model worker_task --max-per-task 4 --json
 
-loraloop build --method kto --learn-model worker_task --max-per-task 4 --json
-
-loraloop build --base ./SmolLM2-135M-Instruct --show 3"""
+A report: loraloop build --base ./SmolLM2-135M-Instruct --show 3"""
 
 
 def register(app: typer.Typer) -> None:
@@ -57,15 +57,17 @@ def build(
     max_pairs: Annotated[Count, _option("dpo: pairs of one group at most.")] = None,
     allow_reuse: Annotated[bool, _option("dpo: an episode may be in several pairs.", "--allow-reuse")] = False,
     pairing: Annotated[str | None, _option("dpo: best_worst, or divergence for the turn where two part.")] = None,
-    held_out: Annotated[float, _option("Share of the tasks kept from training, 0 or more and below 1.")] = 0.2,
-    near_duplicate: Annotated[float, _option("Similarity from which one of two samples is left out, 0.5 to 1.")] = 0.9,
+    held_out: Annotated[float, _option("Share of the tasks kept from training, 0 or more and below 1.")] = DEFAULTS.held_out_fraction,
+    near_duplicate: Annotated[float, _option("Similarity from which one of two samples is left out, 0.5 to 1.")] = DEFAULTS.near_duplicate,
     max_per_task: Annotated[Count, _option("Samples of one task to train on, at most.")] = None,
     max_per_source: Annotated[Count, _option("Samples of one source to train on, at most.")] = None,
-    secrets: Annotated[str, _option("Episodes with keys or passwords: quarantine or allow.")] = "quarantine",
-    personal_data: Annotated[str, _option("Those with e-mail addresses, telephones …: report, quarantine or off.")] = "report",
+    secrets: Annotated[str, _option("Episodes with keys or passwords: quarantine or allow.")] = DEFAULTS.secrets,
+    personal_data: Annotated[
+        str, _option("Those with e-mail addresses, telephones …: report, quarantine or off.")
+    ] = DEFAULTS.personal_data,
     unknown_license: Annotated[
         str, typer.Option(help="Those that say no terms: refuse or allow.", envvar="LORALOOP_UNKNOWN_LICENSE")
-    ] = "refuse",
+    ] = DEFAULTS.unknown_license,
     scenario: Annotated[str | None, _option("Only episodes of this scenario.")] = None,
     outcome: Annotated[str | None, _option("Only episodes that ended so: success, failure, timeout, unknown.")] = None,
     base: Annotated[str | None, _option("Report what a training of this base model would be shown.", "--base")] = None,
@@ -76,7 +78,6 @@ def build(
     as_json: JsonOption = False,
 ) -> None:
     """Freeze a dataset, some tasks held out. Every episode is in a sample, or refused once for a reason that is counted."""
-    from loraloop.dataset import DatasetSettings
     from loraloop.learn.compose import compose
 
     settings = DatasetSettings(

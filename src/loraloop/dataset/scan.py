@@ -170,7 +170,7 @@ def _is_no_placeholder(match: re.Match[str]) -> bool:
 def _has_luhn_digit(match: re.Match[str]) -> bool:
     digits = [int(char) for char in match[0] if char.isdigit()]
     doubled = [digit if place % 2 == 0 else sum(divmod(2 * digit, 10)) for place, digit in enumerate(reversed(digits))]
-    return 13 <= len(digits) <= 19 and len(set(digits)) > 2 and sum(doubled) % 10 == 0
+    return len(set(digits)) > 1 and sum(doubled) % 10 == 0
 
 
 def _has_iban_digits(match: re.Match[str]) -> bool:
@@ -238,7 +238,10 @@ _PERSONAL = (
     ),
     _Pattern("personal", "IBAN", re.compile(r"\b[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,4})?\b"), _has_iban_digits),
     _Pattern(
-        "personal", "card number", re.compile(r"(?<![\w.-])[3-6]\d{3}(?:[ -]?\d{4}){2,3}(?:[ -]?\d{1,4})?(?![\w.-])"), _has_luhn_digit
+        "personal",
+        "card number",
+        re.compile(r"(?<![\w.-])(?<![A-Z]{2}\d{2} )(?:[2-6]\d{3}(?:[ -]?\d{4}){3}|3\d{3}[ -]?\d{6}[ -]?\d{5})(?![\w-]|[ .]\d)"),
+        _has_luhn_digit,
     ),
     _Pattern("personal", "US social security number", re.compile(r"(?<![\w-])(?!000|666|9\d\d)\d{3}-(?!00)\d{2}-(?!0000)\d{4}(?![\w-])")),
     _Pattern("personal", "public IP address", re.compile(r"(?<![\w.-])\d{1,3}(?:\.\d{1,3}){3}(?![\w-]|\.\d)"), _is_public_address),

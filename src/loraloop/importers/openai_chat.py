@@ -13,13 +13,13 @@ from typing import ClassVar, cast
 
 from pydantic import JsonValue
 
-from loraloop.episode import Episode, EpisodeMetadata, Message, Success
+from loraloop.episode import Episode, EpisodeMetadata, Failure, Message, Success
 from loraloop.files import canonical_json
 from loraloop.importers.entry import EntryRefused, convert_entries, find_finite, ignored_tag, require_clean, show
 from loraloop.importers.json_input import count_entries, iter_entries, opening_keys
 from loraloop.importers.null_padding import without_padded_arguments, without_padding
 from loraloop.importers.openai_messages import take_messages, take_tools
-from loraloop.importers.react import has_observation
+from loraloop.importers.react import find_verdict, has_observation
 from loraloop.training_data import Refusal
 
 MAX_TAG_CHARS = 1000
@@ -65,6 +65,7 @@ def _to_episode(row: object) -> Episode:
     raw, n_arguments = without_padded_arguments(row["messages"], tools)
     taken = take_messages(raw, "messages")
     require_own_words(taken.messages)
+    _require_no_failed_end(taken.messages)
     extra, ignored = _other_keys(row)
     task_id = _find_task_id(row)
     notes = {"decoded_arguments": taken.n_decoded, "padded_keys_removed": n_keys + n_arguments}
@@ -104,6 +105,14 @@ def _require_demonstration(row: dict[str, object]) -> None:
             raise EntryRefused("bad_shape", found, "the system prompt as the first message", "move it there, with role system")
         if key == "choices":
             raise EntryRefused("bad_shape", found, "the whole conversation in `messages`", "append the answer to `messages`")
+
+
+def _require_no_failed_end(messages: Sequence[Message]) -> None:
+    """Refuse a trace whose last words, from its environment, tell that it failed."""
+    last = messages[-1]
+    if not last.is_agent and isinstance(find_verdict(last.content or ""), Failure):
+        found = f"an end that tells of a failure: {show(last.content)}"
+        raise EntryRefused("not_a_demonstration", found, "demonstrations, which end well", "leave the entry out")
 
 
 def _find_weight(raw: object) -> float | None:

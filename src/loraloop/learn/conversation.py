@@ -21,7 +21,7 @@ class ConversationLearn(TranscriptLearn):
 
     def __init__(self, min_score: float = 0.0, *, include_timeouts: bool = False, score_range: tuple[float, float] = (0.0, 1.0)) -> None:
         self.outcomes = OutcomeSettings(min_score=min_score, score_range=score_range, include_timeouts=include_timeouts)
-        self.stream = _Calls()
+        self.stream = TaskCalls()
 
     @property
     def name(self) -> str:
@@ -38,7 +38,7 @@ class ConversationLearn(TranscriptLearn):
         return conversation_of(episode)
 
 
-class _Calls(RecordStream):
+class TaskCalls(RecordStream):
     """One episode for each task: its calls, told by the one with the longest history.
 
     An action `done` of the task ends it and says how it ended; without one it stays open until somebody closes it, as calls do not

@@ -20,8 +20,8 @@ class DependencyGraphLearn(TranscriptLearn):
     that was read from it. An episode of messages, without such a record, is its conversation.
     """
 
-    def __init__(self, min_score: float = 0.0, *, score_range: tuple[float, float] = (0.0, 1.0)) -> None:
-        self.outcomes = OutcomeSettings(min_score=min_score, score_range=score_range)
+    def __init__(self, min_score: float = 0.0, *, include_timeouts: bool = False, score_range: tuple[float, float] = (0.0, 1.0)) -> None:
+        self.outcomes = OutcomeSettings(min_score=min_score, score_range=score_range, include_timeouts=include_timeouts)
         self.stream = _Graphs()
 
     @property

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Protocol, runtime_checkable
 
-from loraloop.episode import AnyRecord, Episode, LlmCallRecord, Outcome
+from loraloop.episode import ActionRecord, AnyRecord, Episode, Outcome
 from loraloop.errors import SettingsError
-from loraloop.learn.actions import actions_of
-from loraloop.learn.conversation import ConversationLearn
+from loraloop.learn.actions import actions_of, evaluate_actions
+from loraloop.learn.conversation import ConversationLearn, TaskCalls
 from loraloop.learn.outcome_rules import OutcomeSettings
 from loraloop.learn.transcript import Transcript, TranscriptLearn
 from loraloop.learn.worker_task import WorkerTaskLearn
@@ -41,29 +41,48 @@ class Form(Protocol):
 class ByContent:
     """The form that fits what an episode holds: its conversation, else its actions as WorkerTaskLearn writes them.
 
-    Of records, calls become conversations and actions become tasks; where one run has both, name one form instead.
+    Of records, the calls and actions of a task are one episode, up to `done`; `name` is the learn model that it is for.
     """
 
-    name = "content"
-
-    def __init__(self) -> None:
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.stream = _TaskRecords(name)
         self._conversation = ConversationLearn()
         self._actions = WorkerTaskLearn()
 
     def build_episodes(self, records: Iterable[AnyRecord], open_episodes: Sequence[Episode] = ()) -> list[Episode]:
-        """The conversations, then the tasks."""
-        all_records = list(records)
-        return [episode for form in (self._conversation, self._actions) for episode in form.build_episodes(all_records, open_episodes)]
+        """One episode for each run of a task."""
+        return self.stream.build(records, open_episodes)
 
     def evaluate(self, context: Sequence[AnyRecord]) -> Outcome:
-        """As the form that fits."""
-        has_calls = any(isinstance(record, LlmCallRecord) for record in context)
-        return (self._conversation if has_calls else self._actions).evaluate(context)
+        """What `done` says, and how many actions succeeded."""
+        return self.stream.evaluate(context)
 
     def transcripts(self, episode: Episode) -> tuple[Transcript, ...] | Refusal:
         """As the form that fits."""
         by_actions = not episode.messages and actions_of(episode)
         return (self._actions if by_actions else self._conversation).transcripts(episode)
+
+
+class _TaskRecords(TaskCalls):
+    """The calls of a task, and its actions too."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def key(self, record: AnyRecord) -> str | None:
+        """The task of an action or a call; "" for a call without one."""
+        is_task = isinstance(record, ActionRecord) and record.task_id is not None
+        return f"task {record.task_id}" if is_task else super().key(record)
+
+    def begins(self, record: AnyRecord) -> bool:
+        """Any does."""
+        del record
+        return True
+
+    def evaluate(self, context: Sequence[AnyRecord]) -> Outcome:
+        """What `done` says, and how many actions succeeded."""
+        return evaluate_actions(context)
 
 
 class FormedLearn(TranscriptLearn):
@@ -73,7 +92,7 @@ class FormedLearn(TranscriptLearn):
     """The name without a form."""
 
     def __init__(self, of: str | Form | None, outcomes: OutcomeSettings) -> None:
-        self.form = _find_form(of)
+        self.form = ByContent(self.own_name) if of is None else _find_form(of)
         self.outcomes = outcomes
 
     @property
@@ -94,9 +113,9 @@ class FormedLearn(TranscriptLearn):
         return self.form.transcripts(episode)
 
 
-def _find_form(of: str | Form | None) -> Form:
-    """The form itself, the learn model of that name as it is by default, or the one that fits each episode."""
-    form = find("learn_models", of)() if isinstance(of, str) else of or ByContent()
+def _find_form(of: str | Form) -> Form:
+    """The form itself, or the learn model of that name as it is by default."""
+    form = find("learn_models", of)() if isinstance(of, str) else of
     if not isinstance(form, Form) or getattr(form, "method", "sft") != "sft":
         raise SettingsError(f"of={of!r}: expected a learn model of method sft that has transcripts(), such as conversation or worker_task")
     return form

@@ -132,8 +132,9 @@ def _good(place: float | None, settings: OutcomeSettings) -> Meaning | LeftOut:
     """An episode to learn from, when its score is good enough; without a score it is at the bottom."""
     quality = place or 0.0
     if quality < settings.place(settings.min_score):
-        score = "none" if place is None else f"{quality:g} of the scale"
-        return LeftOut("score_below_minimum", f"score {score}, min_score={settings.min_score:g}")
+        low, high = settings.score_range
+        score = "no score" if place is None else f"score {low + place * (high - low):g}"
+        return LeftOut("score_below_minimum", f"{score}, min_score={settings.min_score:g}")
     return Meaning(quality)
 
 
@@ -187,7 +188,9 @@ RULES: dict[tuple[Method, OutcomeKind], Rule] = {
     ("dpo", "failure"): Rule("rejected, at the bottom of the scale", _bad),
     ("kto", "failure"): Rule("undesirable", _bad),
     ("sft", "timeout"): Rule("`outcome_timeout`, unless `include_timeouts`: as a success with the partial score", _timeout_if_asked),
-    ("weighted", "timeout"): Rule("weighs its partial score, at most `max_timeout_weight`; `outcome_timeout` without one", _timeout_weight),
+    ("weighted", "timeout"): Rule(
+        "as a success with the partial score, `max_timeout_weight` at most; `outcome_timeout` without one", _timeout_weight
+    ),
     ("dpo", "timeout"): Rule("rejected, only against a success, at its partial score", _bad),
     ("kto", "timeout"): Rule("`outcome_timeout`, unless `include_timeouts`: undesirable", _timeout_bad_if_asked),
     ("sft", "unknown"): Rule("`outcome_unknown`", lambda _place, _settings: _UNKNOWN),

@@ -79,7 +79,7 @@ class PreferenceLearn(FormedLearn):
         """The pairs of one group, then a refusal for each episode that is in none."""
         refusals: list[Refusal] = []
         attempts: list[_Attempt] = []
-        for episode in sorted(episodes, key=lambda episode: episode.id):
+        for episode in episodes:
             found = self._attempt(episode)
             if isinstance(found, Refusal):
                 refusals.append(found)

@@ -134,12 +134,13 @@ def is_rewritten(calls: Sequence[LlmCallRecord]) -> bool:
     answered = set()
     lengths = set()
     for call in calls:
-        history = [_wording(message) for message in call.messages]
-        if history != whole[: len(history)]:
+        n_before = len(call.messages)
+        is_same = call.messages == longest.messages[:n_before]  # nearly always, and quicker to tell
+        if not is_same and [_wording(message) for message in call.messages] != whole[:n_before]:
             return True
-        lengths.add(len(history))
-        if whole[len(history)] == _wording(call.response):
-            answered.add(len(history))
+        lengths.add(n_before)
+        if whole[n_before] == _wording(call.response):
+            answered.add(n_before)
     return answered != lengths
 
 

@@ -34,10 +34,11 @@ class WorkerDecisionSequenceLearn(TranscriptLearn):
         *,
         available_actions: Sequence[str] = (),
         system_events: Sequence[str] = SYSTEM_EVENTS,
+        include_timeouts: bool = False,
         score_range: tuple[float, float] = (0.0, 1.0),
     ) -> None:
         self.min_actions = check_min_actions(min_actions)
-        self.outcomes = OutcomeSettings(min_score=min_score, score_range=score_range)
+        self.outcomes = OutcomeSettings(min_score=min_score, score_range=score_range, include_timeouts=include_timeouts)
         self.system = system
         self.available_actions = _check_names("available_actions", available_actions)
         self.system_events = _check_names("system_events", system_events)

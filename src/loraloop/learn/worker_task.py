@@ -24,10 +24,16 @@ class WorkerTaskLearn(TranscriptLearn):
     """
 
     def __init__(
-        self, min_actions: int = 2, min_score: float = 0.0, system: str = SYSTEM, *, score_range: tuple[float, float] = (0.0, 1.0)
+        self,
+        min_actions: int = 2,
+        min_score: float = 0.0,
+        system: str = SYSTEM,
+        *,
+        include_timeouts: bool = False,
+        score_range: tuple[float, float] = (0.0, 1.0),
     ) -> None:
         self.min_actions = check_min_actions(min_actions)
-        self.outcomes = OutcomeSettings(min_score=min_score, score_range=score_range)
+        self.outcomes = OutcomeSettings(min_score=min_score, score_range=score_range, include_timeouts=include_timeouts)
         self.system = system
         self.stream = _TaskActions()
 

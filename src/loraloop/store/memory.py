@@ -33,9 +33,10 @@ class InMemoryEpisodeStore:
         self._order: list[tuple[int, str]] = []  # (created_at, id), sorted
 
     def append(self, episode: Episode) -> bool:
-        """Keep `episode`; False when the very same is there already, whatever its `created_at`.
+        """Keep `episode`; False when the very same is there already, whatever its `created_at`, or one that continues it.
 
-        Raises StoreError when another episode has its id, or when it holds what JSON cannot (NaN, infinity).
+        One that continues an open episode takes its place. Raises StoreError when another episode has its id, or when it holds what
+        JSON cannot (NaN, infinity).
         """
         return self.append_many([episode])[0]
 
@@ -43,15 +44,19 @@ class InMemoryEpisodeStore:
         """`append` for each in order, all or none; an empty sequence gives an empty list."""
         copies = [from_body(Episode, to_body(episode)) for episode in episodes]
         with self._lock:
-            new: dict[str, Episode] = {}
+            changed: dict[str, Episode] = {}
+            added = []
             for episode in copies:
-                kept = self._episodes.get(episode.id) or new.setdefault(episode.id, episode)
-                if not same_content(kept, episode):
-                    raise StoreError(conflict(episode.id, "the store in memory"))
-            self._episodes.update(new)
-            for episode in new.values():
-                bisect.insort(self._order, _position(episode))
-            return [new.pop(episode.id, None) is not None for episode in copies]
+                kept = changed.get(episode.id) or self._episodes.get(episode.id)
+                following = episode if kept is None else follow(kept, episode, "the store in memory")
+                if following is not None:
+                    changed[episode.id] = following
+                added.append(following is not None)
+            for episode in changed.values():
+                if episode.id not in self._episodes:
+                    bisect.insort(self._order, _position(episode))
+            self._episodes.update(changed)
+            return added
 
     def get(self, episode_id: str) -> Episode:
         """The episode; raises StoreError when there is none."""
@@ -109,6 +114,34 @@ def from_body(kind: type[Stored], body: str) -> Stored:
     """What `to_body` made `body` of; raises ValueError when that was no `kind`."""
     # not model_validate_json: it refuses the escapes of lone surrogates
     return kind.model_validate(json.loads(body))
+
+
+def follow(kept: Episode, episode: Episode, where: str) -> Episode | None:
+    """What to keep instead of `kept` when `episode` comes with its id: None for the same, or for an earlier state of it.
+
+    Raises StoreError when it neither equals nor continues what is there. Its place in the order stays.
+    """
+    if same_content(kept, episode):
+        return None
+    if not continues(kept, episode):
+        if continues(episode, kept):
+            return None
+        raise StoreError(conflict(episode.id, where))
+    return episode.model_copy(update={"metadata": episode.metadata.model_copy(update={"created_at": kept.metadata.created_at})})
+
+
+def continues(earlier: Episode, later: Episode) -> bool:
+    """True when `earlier` is open and `later` begins with all of its records; without records, with all of its messages.
+
+    What was not known before may have come since: the group, the outcome, that it is over; what was known stays known.
+    """
+    same_run = (earlier.learn_model, earlier.task_id) == (later.learn_model, later.task_id)
+    still_known = earlier.group_id in (None, later.group_id) and (earlier.outcome.is_unknown or not later.outcome.is_unknown)
+    if earlier.records:
+        begins = later.records[: len(earlier.records)] == earlier.records
+    else:
+        begins = later.messages[: len(earlier.messages)] == earlier.messages
+    return earlier.is_open and same_run and still_known and begins
 
 
 def same_content(one: Episode, other: Episode) -> bool:

@@ -1,8 +1,8 @@
 """An episode store in one SQLite file, for any number of threads and processes of one machine.
 
 What `append` has acknowledged survives the death of the process and a power cut. One writer at a time, readers never wait for it.
-Episodes are only ever added. Every failure is a StoreError that names the file and the way out. Not for a network drive: SQLite's
-write-ahead log needs memory that its processes share.
+Episodes are only ever added, and one that is open is continued. Every failure is a StoreError that names the file and the way out.
+Not for a network drive: SQLite's write-ahead log needs memory that its processes share.
 """
 
 from __future__ import annotations
@@ -34,13 +34,14 @@ from sqlalchemy import (
     func,
     select,
     tuple_,
+    update,
 )
 from sqlalchemy.dialects.sqlite import insert
 from sqlalchemy.exc import DBAPIError, OperationalError, SQLAlchemyError
 
 from loraloop.episode import Episode, EpisodeDto, EpisodeFilter
 from loraloop.errors import SettingsError, StoreError
-from loraloop.store.memory import Stored, conflict, from_body, same_content, to_body
+from loraloop.store.memory import Stored, follow, from_body, to_body
 
 SCHEMA_VERSION = 1
 """The layout of the file that this loraloop writes, kept in `PRAGMA user_version`."""
@@ -123,10 +124,10 @@ class SqlEpisodeStore:
         self.close()
 
     def append(self, episode: Episode) -> bool:
-        """Keep `episode`; False when the very same is there already, whatever its `created_at`.
+        """Keep `episode`; False when the very same is there already, whatever its `created_at`, or one that continues it.
 
-        Raises StoreError when another episode has its id, or when it cannot be kept whole: NaN or infinity anywhere, a lone
-        surrogate in its learn model, scenario, task or group.
+        One that continues an open episode takes its place. Raises StoreError when another episode has its id, or when it cannot be
+        kept whole: NaN or infinity anywhere, a lone surrogate in its learn model, scenario, task or group.
         """
         return self.append_many([episode])[0]
 
@@ -138,9 +139,7 @@ class SqlEpisodeStore:
         with self._transaction() as connection:
             for episode, row in zip(episodes, rows, strict=True):
                 is_new = connection.execute(statement, row).rowcount == 1
-                if not is_new:
-                    self._check_same(connection, episode)
-                added.append(is_new)
+                added.append(is_new or self._follow(connection, episode))
         return added
 
     def get(self, episode_id: str) -> Episode:
@@ -197,10 +196,14 @@ class SqlEpisodeStore:
             left = None if left is None else left - n_rows
             page = rows_of.where(tuple_(*_POSITION) > tuple_(*rows[-1][:2]))
 
-    def _check_same(self, connection: Connection, episode: Episode) -> None:
-        body = connection.scalar(select(_episodes.c.body).where(_episodes.c.id == str(episode.id)))
-        if not same_content(self._decode(Episode, episode.id, body or ""), episode):
-            raise StoreError(conflict(episode.id, str(self.path)))
+    def _follow(self, connection: Connection, episode: Episode) -> bool:
+        """Put `episode` in the place of the open one that it continues; False when there is nothing to change."""
+        there = _episodes.c.id == str(episode.id)
+        body = connection.scalar(select(_episodes.c.body).where(there))
+        following = follow(self._decode(Episode, episode.id, body or ""), episode, str(self.path))
+        if following is not None:
+            connection.execute(update(_episodes).where(there).values(_to_row(following)))
+        return following is not None
 
     def _decode(self, kind: type[Stored], episode_id: str, text: str) -> Stored:
         try:

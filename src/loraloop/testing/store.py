@@ -1,7 +1,4 @@
-"""For tests, ours and those of people who write plug-ins: test data by factory, and one conformance check per kind of plug-in.
-
-A `check_<kind>()` is a plain function that returns when all is well and raises AssertionError saying what is not.
-"""
+"""The conformance check of episode stores."""
 
 from __future__ import annotations
 
@@ -23,19 +20,7 @@ from loraloop.episode import (
 )
 from loraloop.errors import StoreError
 from loraloop.plugins import EpisodeStore
-
-
-def make_episode(**changes: Any) -> Episode:
-    """A small valid episode, solved, of a system, a user and an assistant message; `changes` are fields to set otherwise."""
-    messages = [
-        {"role": "system", "content": "You are a careful cook."},
-        {"role": "user", "content": "How long does an egg boil?"},
-        {"role": "assistant", "content": "Seven minutes."},
-    ]
-    return Episode.model_validate({"task_id": "egg", "messages": messages, "outcome": Success(1.0), **changes})
-
-
-# --- stores -----------------------------------------------------------------------------------------------------------------
+from loraloop.testing.episodes import expect, make_episode
 
 
 def check_store(open_store: Callable[[], EpisodeStore]) -> None:
@@ -48,6 +33,7 @@ def check_store(open_store: Callable[[], EpisodeStore]) -> None:
         _check_order,
         _check_append_again,
         _check_conflict,
+        _check_open,
         _check_append_many,
         _check_filters,
         _check_times,
@@ -60,8 +46,8 @@ def check_store(open_store: Callable[[], EpisodeStore]) -> None:
         _check_not_shared,
     ):
         store = open_store()
-        _expect(isinstance(store, EpisodeStore), f"{type(store).__name__} has not all methods of loraloop.plugins.EpisodeStore")
-        _expect(store.count() == 0, "open_store() must give an empty store each time")
+        expect(isinstance(store, EpisodeStore), f"{type(store).__name__} has not all methods of loraloop.plugins.EpisodeStore")
+        expect(store.count() == 0, "open_store() must give an empty store each time")
         try:
             check(store)
         finally:
@@ -72,12 +58,12 @@ def check_store(open_store: Callable[[], EpisodeStore]) -> None:
 
 def _check_empty(store: EpisodeStore) -> None:
     missing = "ep-0000000000000-0123456789abcdef"
-    _expect(store.find(missing) is None, "find() of a missing id gives None")
-    _expect(store.find("no id at all; drop table'") is None, "find() of any text that is no id gives None")
+    expect(store.find(missing) is None, "find() of a missing id gives None")
+    expect(store.find("no id at all; drop table'") is None, "find() of any text that is no id gives None")
     with _expect_store_error("get() of a missing id", naming=missing):
         store.get(missing)
-    _expect(store.append_many([]) == [], "append_many([]) gives []")
-    _expect(store.query() == [] and store.list_meta() == [], "an empty store lists nothing")
+    expect(store.append_many([]) == [], "append_many([]) gives []")
+    expect(store.query() == [] and store.list_meta() == [], "an empty store lists nothing")
 
 
 def _check_order(store: EpisodeStore) -> None:
@@ -85,21 +71,21 @@ def _check_order(store: EpisodeStore) -> None:
     early, late = [EpisodeMetadata(created_at=ms) for ms in (999, 1_000)]
     by_time = [make_episode(id=ids[3], metadata=early), *(make_episode(id=ids[n], metadata=late) for n in range(3))]
     for position in (2, 0, 3, 1):
-        _expect(store.append(by_time[position]) is True, "append() of a new episode gives True")
-    _expect(store.query() == by_time, "query() is ordered by created_at, then id")
-    _expect(list(store.iter_episodes()) == by_time, "iter_episodes() has the order of query()")
-    _expect(store.list_meta() == [episode.to_dto() for episode in by_time], "list_meta() gives to_dto() of each, in that order")
-    _expect(store.count() == len(by_time), "count() without a filter counts all")
+        expect(store.append(by_time[position]) is True, "append() of a new episode gives True")
+    expect(store.query() == by_time, "query() is ordered by created_at, then id")
+    expect(list(store.iter_episodes()) == by_time, "iter_episodes() has the order of query()")
+    expect(store.list_meta() == [episode.to_dto() for episode in by_time], "list_meta() gives to_dto() of each, in that order")
+    expect(store.count() == len(by_time), "count() without a filter counts all")
     for episode in by_time:
-        _expect(store.get(episode.id) == episode and store.find(str(episode.id)) == episode, "get() and find() give what was appended")
+        expect(store.get(episode.id) == episode and store.find(str(episode.id)) == episode, "get() and find() give what was appended")
 
 
 def _check_append_again(store: EpisodeStore) -> None:
     first = _created(make_episode(), 5)
     store.append(first)
-    _expect(store.append(first) is False, "append() of the very same gives False")
-    _expect(store.append(_created(first, 77)) is False, "created_at alone does not make another episode")
-    _expect(store.query() == [first], "what came first stays as it is")
+    expect(store.append(first) is False, "append() of the very same gives False")
+    expect(store.append(_created(first, 77)) is False, "created_at alone does not make another episode")
+    expect(store.query() == [first], "what came first stays as it is")
 
 
 def _check_conflict(store: EpisodeStore) -> None:
@@ -123,19 +109,48 @@ def _check_conflict(store: EpisodeStore) -> None:
     for change in changes:
         with _expect_store_error(f"append() of another episode with the same id, by {change}", naming=first.id):
             store.append(Episode.model_validate({**dict(first), **change}))
-    _expect(store.query() == [first], "a conflict leaves the store as it was")
+    expect(store.query() == [first], "a conflict leaves the store as it was")
+
+
+def _check_open(store: EpisodeStore) -> None:
+    """An open episode is continued and closed; a closed one never again."""
+    records = [ActionRecord(action=action, timestamp_ms=number, task_id="egg") for number, action in enumerate(("look", "boil", "done"))]
+    started = _created(make_episode(messages=(), records=records[:1], outcome=Unknown(), is_open=True), 5)
+    other = _created(make_episode(), 6)
+    store.append_many([started, other])
+    more = started.model_copy(update={"records": tuple(records[:2])})
+    whole = started.model_copy(update={"records": tuple(records), "outcome": Success(0.5), "is_open": False, "group_id": "g"})
+    expect(store.append(_created(more, 77)) is True, "append() of what continues an open episode gives True")
+    expect(store.query() == [more, other], "what continues an episode takes its place in the order")
+    expect(store.append(started) is False, "append() of an earlier state of an open episode gives False")
+    judged = more.model_copy(update={"outcome": Success(0.25)})
+    expect(store.append(judged) is True and store.append(more) is False, "what is known of an open episode is added, and not undone")
+    expect(store.get(started.id) == judged, "what is known of an open episode is added, and not undone")
+    with _expect_store_error("append() of another run with the id of an open episode", naming=started.id):
+        store.append(started.model_copy(update={"records": tuple(records[1:])}))
+    with _expect_store_error("append() of another task with the id of an open episode", naming=started.id):
+        store.append(whole.model_copy(update={"task_id": "ham"}))
+    expect(store.append_many([whole, more, whole]) == [True, False, False], "append_many() continues, too, and knows what it was given")
+    expect(store.query(EpisodeFilter(outcome="success", group_id="g")) == [whole], "filters find an episode as it is now")
+    expect(store.list_meta() == [whole.to_dto(), other.to_dto()] and store.count() == 2, "an episode that was continued is still one")
+    with _expect_store_error("append() of what continues a closed episode", naming=started.id):
+        store.append(whole.model_copy(update={"records": (*records, records[0])}))
+    talk = make_episode(is_open=True, outcome=Unknown())
+    longer = talk.model_copy(update={"messages": (*talk.messages, *talk.messages[1:]), "is_open": False})
+    expect(store.append_many([talk, longer]) == [True, True], "an open episode of messages is continued by more messages")
+    expect(store.get(talk.id) == longer, "an episode can begin and be continued in one batch")
 
 
 def _check_append_many(store: EpisodeStore) -> None:
     old, new, other = [_created(make_episode(), n) for n in range(3)]
     store.append(old)
-    _expect(store.append_many([new, old, new, _created(new, 9)]) == [True, False, False, False], "append_many() says which were new")
+    expect(store.append_many([new, old, new, _created(new, 9)]) == [True, False, False, False], "append_many() says which were new")
     with _expect_store_error("append_many() with a conflict", naming=old.id):
         store.append_many([other, old.model_copy(update={"task_id": "another"})])
     with _expect_store_error("append_many() with a conflict within the batch", naming=other.id):
         store.append_many([other, other.model_copy(update={"task_id": "another"})])
-    _expect(store.query() == [old, new], "append_many() adds all or none")
-    _expect(store.append(other) is True, "after a refused batch the store goes on")
+    expect(store.query() == [old, new], "append_many() adds all or none")
+    expect(store.append(other) is True, "after a refused batch the store goes on")
 
 
 def _check_filters(store: EpisodeStore) -> None:
@@ -153,12 +168,12 @@ def _check_filters(store: EpisodeStore) -> None:
     store.append_many([plain, *(episode for _, episode in by_filter)])
     for fields, episode in by_filter:
         wanted = EpisodeFilter.model_validate(fields)
-        _expect(store.query(wanted) == [episode], f"query({fields}) gives the one that matches")
-        _expect(store.list_meta(wanted) == [episode.to_dto()], f"list_meta({fields}) gives the one that matches")
-        _expect(store.count(wanted) == 1, f"count({fields}) counts the one that matches")
-    _expect(store.count(EpisodeFilter(task_id="EGG")) == 0, "filters tell capitals apart")
-    _expect(store.count(EpisodeFilter(task_id="egg", group_id="other")) == 0, "all fields of a filter must match")
-    _expect(store.count(EpisodeFilter()) == len(by_filter) + 1, "an empty filter lets all through")
+        expect(store.query(wanted) == [episode], f"query({fields}) gives the one that matches")
+        expect(store.list_meta(wanted) == [episode.to_dto()], f"list_meta({fields}) gives the one that matches")
+        expect(store.count(wanted) == 1, f"count({fields}) counts the one that matches")
+    expect(store.count(EpisodeFilter(task_id="EGG")) == 0, "filters tell capitals apart")
+    expect(store.count(EpisodeFilter(task_id="egg", group_id="other")) == 0, "all fields of a filter must match")
+    expect(store.count(EpisodeFilter()) == len(by_filter) + 1, "an empty filter lets all through")
 
 
 def _check_times(store: EpisodeStore) -> None:
@@ -167,10 +182,10 @@ def _check_times(store: EpisodeStore) -> None:
     def times(**fields: int) -> list[int]:
         return [episode.metadata.created_at for episode in store.iter_episodes(EpisodeFilter.model_validate(fields))]
 
-    _expect(times(since=20) == [20, 30], "since is inclusive")
-    _expect(times(until=20) == [10], "until is exclusive")
-    _expect(times(since=11, until=30) == [20], "since and until together are a span")
-    _expect(times(since=31) == [], "a span without episodes is empty")
+    expect(times(since=20) == [20, 30], "since is inclusive")
+    expect(times(until=20) == [10], "until is exclusive")
+    expect(times(since=11, until=30) == [20], "since and until together are a span")
+    expect(times(since=31) == [], "a span without episodes is empty")
 
 
 def _check_limit_and_offset(store: EpisodeStore) -> None:
@@ -179,11 +194,11 @@ def _check_limit_and_offset(store: EpisodeStore) -> None:
     for limit, offset in ((0, 0), (2, 0), (2, 3), (9, 4), (None, 2), (3, 6), (None, 99)):
         wanted = EpisodeFilter(limit=limit, offset=offset)
         expected = episodes[offset : None if limit is None else offset + limit]
-        _expect(store.query(wanted) == expected, f"query() with limit {limit}, offset {offset}")
-        _expect(store.list_meta(wanted) == [episode.to_dto() for episode in expected], f"list_meta(), limit {limit}, offset {offset}")
-        _expect(store.count(wanted) == len(episodes), "count() does not look at limit and offset")
+        expect(store.query(wanted) == expected, f"query() with limit {limit}, offset {offset}")
+        expect(store.list_meta(wanted) == [episode.to_dto() for episode in expected], f"list_meta(), limit {limit}, offset {offset}")
+        expect(store.count(wanted) == len(episodes), "count() does not look at limit and offset")
     odd = EpisodeFilter(task_id="task-1", limit=1, offset=1)
-    _expect(store.query(odd) == [episodes[3]], "limit and offset count matching episodes only")
+    expect(store.query(odd) == [episodes[3]], "limit and offset count matching episodes only")
 
 
 def _check_long_iteration(store: EpisodeStore) -> None:
@@ -191,9 +206,9 @@ def _check_long_iteration(store: EpisodeStore) -> None:
     episodes = [_created(make_episode(), n // 300) for n in range(700)]
     store.append_many(episodes[::-1])
     ids = [episode.id for episode in sorted(episodes, key=lambda episode: (episode.metadata.created_at, episode.id))]
-    _expect([episode.id for episode in store.iter_episodes()] == ids, "a long iteration misses and repeats nothing")
+    expect([episode.id for episode in store.iter_episodes()] == ids, "a long iteration misses and repeats nothing")
     some = EpisodeFilter(limit=450, offset=130)
-    _expect([meta.id for meta in store.list_meta(some)] == ids[130:580], "limit and offset hold over pages")
+    expect([meta.id for meta in store.list_meta(some)] == ids[130:580], "limit and offset hold over pages")
 
 
 def _check_append_while_iterating(store: EpisodeStore) -> None:
@@ -206,12 +221,12 @@ def _check_append_while_iterating(store: EpisodeStore) -> None:
     for n, episode in enumerate(store.iter_episodes()):
         seen.append(episode.id)
         store.append_many([_created(make_episode(), n), _created(make_episode(), 10_000 + n)])
-        _expect(n < 2 * len(there), "an iteration ends even when each step appends")
+        expect(n < 2 * len(there), "an iteration ends even when each step appends")
     old = {episode.id for episode in there}
-    _expect([i for i in seen if i in old] == [episode.id for episode in there], "each episode that was there comes once, in order")
-    _expect(len(seen) == len(set(seen)), "no episode comes twice")
-    _expect(store.count() == len(there) + 2 * len(seen), "what was appended meanwhile is kept")
-    _expect({episode.id for episode in half_used} >= {episode.id for episode in there[1:]}, "a paused iteration goes on to its end")
+    expect([i for i in seen if i in old] == [episode.id for episode in there], "each episode that was there comes once, in order")
+    expect(len(seen) == len(set(seen)), "no episode comes twice")
+    expect(store.count() == len(there) + 2 * len(seen), "what was appended meanwhile is kept")
+    expect({episode.id for episode in half_used} >= {episode.id for episode in there[1:]}, "a paused iteration goes on to its end")
 
 
 def _check_kept_to_the_letter(store: EpisodeStore) -> None:
@@ -243,7 +258,7 @@ def _check_kept_to_the_letter(store: EpisodeStore) -> None:
         _expect_same(store.get(episode.id), episode)
         _expect_same(store.query(EpisodeFilter(outcome=outcome.kind))[-1], episode)
     contents = [message.content for message in episode.messages]
-    _expect(contents == ["", None, "", "7"], "make_episode keeps content None and '' apart")
+    expect(contents == ["", None, "", "7"], "make_episode keeps content None and '' apart")
 
 
 def _check_strange_text(store: EpisodeStore) -> None:
@@ -253,7 +268,7 @@ def _check_strange_text(store: EpisodeStore) -> None:
     store.append(episode)
     _expect_same(store.get(episode.id), episode)
     wanted = EpisodeFilter(task_id=text, group_id=text, scenario=text)
-    _expect(store.count(wanted) == 1, "any text can be filtered by")
+    expect(store.count(wanted) == 1, "any text can be filtered by")
     half = "cut \ud83e"  # half an emoji: JSON logs that were cut off have it
     for change in (
         {"messages": [{"role": "user", "content": half}]},
@@ -267,7 +282,7 @@ def _check_strange_text(store: EpisodeStore) -> None:
 def _check_not_json(store: EpisodeStore) -> None:
     for number in (float("inf"), float("-inf"), float("nan")):
         _check_kept_or_refused(store, make_episode(tools=[{"default": number}]), f"the number {number}")
-    _expect(store.append(make_episode()) is True, "after a refusal the store goes on")
+    expect(store.append(make_episode()) is True, "after a refusal the store goes on")
 
 
 def _check_not_shared(store: EpisodeStore) -> None:
@@ -277,16 +292,16 @@ def _check_not_shared(store: EpisodeStore) -> None:
     store.get(episode.id).metadata.tags["split"] = "train"
     next(iter(store.iter_episodes())).metadata.tags["split"] = "train"
     store.list_meta()[0].metadata.tags["split"] = "train"
-    _expect(store.get(episode.id).metadata.tags == {"split": "test"}, "changing an episode outside does not change what is kept")
-    _expect(store.list_meta()[0].metadata.tags == {"split": "test"}, "changing what list_meta() gave does not change what is kept")
+    expect(store.get(episode.id).metadata.tags == {"split": "test"}, "changing an episode outside does not change what is kept")
+    expect(store.list_meta()[0].metadata.tags == {"split": "test"}, "changing what list_meta() gave does not change what is kept")
 
 
 def _check_kept_or_refused(store: EpisodeStore, episode: Episode, what: str) -> None:
     try:
         store.append(episode)
     except StoreError as error:
-        _expect(bool(str(error)), f"{what}: the error says something")
-        _expect(store.find(episode.id) is None, f"{what}: what was refused is not there")
+        expect(bool(str(error)), f"{what}: the error says something")
+        expect(store.find(episode.id) is None, f"{what}: what was refused is not there")
     else:
         _expect_same(store.get(episode.id), episode)
 
@@ -297,13 +312,7 @@ def _created(episode: Episode, created_at: int) -> Episode:
 
 def _expect_same(given: Episode, expected: Episode) -> None:
     """Equal to the letter: the order of keys too, and 1 is not 1.0."""
-    _expect(json.dumps(given.model_dump()) == json.dumps(expected.model_dump()), f"kept as it was: {expected!r}, not {given!r}")
-
-
-def _expect(is_so: bool, what: str) -> None:
-    """As `assert`, which `python -O` would leave out."""
-    if not is_so:
-        raise AssertionError(what)
+    expect(json.dumps(given.model_dump()) == json.dumps(expected.model_dump()), f"kept as it was: {expected!r}, not {given!r}")
 
 
 @contextmanager
@@ -311,6 +320,6 @@ def _expect_store_error(what: str, naming: str) -> Iterator[None]:
     try:
         yield
     except StoreError as error:
-        _expect(naming in str(error), f"{what}: the StoreError names {naming}, not only: {error}")
+        expect(naming in str(error), f"{what}: the StoreError names {naming}, not only: {error}")
     else:
         raise AssertionError(f"{what} raises StoreError")
