@@ -216,7 +216,7 @@ def main() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)  # of PEFT, about the next major version of transformers
     base_model.tune_process()  # before torch loads
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    model = load(base_model.resolve_base(str(arguments.model)), arguments.point.engine)
+    model = load(base_model.resolve_base(str(arguments.model)), "bfloat16")
     write_atomic(arguments.output, measure(model, arguments.point).model_dump_json())
 
 

@@ -1,4 +1,4 @@
-"""The machine a benchmark ran on: its processor, its libraries, and the bf16 matrix-product rate that engines are measured against."""
+"""The machine a benchmark ran on: its processor, its libraries, and the matrix-product rate that engines are measured against."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from bench.steps import Dtype
 from loraloop.episode import Frozen
 
 GEMM = (4096, 576, 1536)
@@ -22,14 +23,16 @@ class Machine(Frozen):
     threads: int
     memory_gb: float
     gemm_gflops: float
-    """Best of several rounds of torch.mm in bf16 on `gemm_shape`."""
+    """Best of several rounds of torch.mm in `gemm_dtype` on `gemm_shape`."""
+    gemm_dtype: Dtype = "bfloat16"
+    """What the engines compute in."""
     gemm_shape: tuple[int, int, int]
     versions: dict[str, str]
     load_average: float
     """Of the minute before the benchmark; above 0.5 somebody else was computing."""
 
 
-def describe_machine() -> Machine:
+def describe_machine(dtype: Dtype = "bfloat16") -> Machine:
     """Measure and look up."""
     import torch
 
@@ -39,23 +42,26 @@ def describe_machine() -> Machine:
         cores=os.cpu_count() or 1,
         threads=torch.get_num_threads(),
         memory_gb=round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
-        gemm_gflops=round(measure_gemm(), 1),
+        gemm_gflops=round(measure_gemm(dtype), 1),
+        gemm_dtype=dtype,
         gemm_shape=GEMM,
         versions=_versions(),
         load_average=round(load, 2),
     )
 
 
-def measure_gemm(rounds: int = 30, repeats: int = 20) -> float:
-    """GFLOP/s of bf16 torch.mm, best round, into memory that is there already."""
+def measure_gemm(dtype: Dtype = "bfloat16", max_seconds: float = 3.0, repeats: int = 5) -> float:
+    """GFLOP/s of torch.mm, best round, into memory that is there already."""
     import torch
 
     rows, inner, columns = GEMM
-    left = torch.randn(rows, inner).bfloat16()
-    right = torch.randn(inner, columns).bfloat16()
-    out = torch.empty(rows, columns, dtype=torch.bfloat16)
+    kind = getattr(torch, dtype)
+    left = torch.randn(rows, inner).to(kind)
+    right = torch.randn(inner, columns).to(kind)
+    out = torch.empty(rows, columns, dtype=kind)
     best = 0.0
-    for _ in range(rounds):
+    end = time.perf_counter() + max_seconds
+    while not best or time.perf_counter() < end:
         started = time.perf_counter()
         for _ in range(repeats):
             torch.mm(left, right, out=out)

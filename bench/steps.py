@@ -6,11 +6,15 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
 from bench.counts import ModelShape
 from bench.workload import Workload
 from loraloop.episode import Frozen
+
+Dtype = Literal["float32", "bfloat16"]
+BETA = 0.1
+"""Of dpo, as loraloop and TRL both have it by default."""
 
 
 class StepPlan(Frozen):
@@ -19,9 +23,10 @@ class StepPlan(Frozen):
     steps: int = 1
     min_seconds: float = 10.0
     learning_rate: float = 1e-4
-    """Constant; AdamW without weight decay, gradients not clipped, the loss sum(w * nll) / sum(w) over the step."""
+    """Constant; AdamW without weight decay, gradients not clipped, the loss sum(w * nll) / sum(w) over the step; for pairs that of
+    dpo, the mean over the step's pairs."""
     batch_size: int = 1
-    """Rows of a micro-batch, at most."""
+    """Rows of a micro-batch, at most; for TRL's pairs, pairs."""
     autocast: bool = False
     """TRL only: bf16 autocast, which also computes the adapter in bf16."""
 
@@ -43,6 +48,9 @@ class EngineResult(Frozen):
     """Logical tokens of a timed step."""
     gradient_norm: float
     """Of the adapter in the first step."""
+    reference_seconds: float | None = None
+    """Pairs: what the base model's log-probabilities of a timed step's rows took, once and before; None where every step computes
+    them."""
     peak_rss_mb: float
     startup_seconds: float
     """From the process's start to the first warm-up step: imports and loading."""
@@ -50,6 +58,8 @@ class EngineResult(Frozen):
     tuned_allocator: bool
     batch_size: int
     autocast: bool
+    dtype: Dtype
+    """Of the base model and of what is computed, where no autocast is."""
     model_shape: ModelShape
 
     @property
@@ -79,6 +89,7 @@ class StepClock:
     losses: list[float] = field(default_factory=list)
     step_seconds: list[float] = field(default_factory=list)
     first_gradient: dict[str, Any] = field(default_factory=dict)
+    reference_seconds: float | None = None
     _started: float = 0.0
 
     def begin(self) -> None:

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from bench.counts import count_separate, count_shared
 from bench.machine import Machine
-from bench.steps import SHARING, EngineResult
+from bench.steps import SHARING, Dtype, EngineResult
 from bench.workload import Workload
 from loraloop.episode import Frozen
 
 BASELINE = "trl-tuned"
-TOLERANCE = 0.02
-"""Relative difference of first losses and of gradient norms that bf16 explains."""
+TOLERANCE = {"bfloat16": 0.02, "float32": 1e-3}
+"""Relative difference of first losses and of gradient norms that rounding explains."""
 
 Range = tuple[float, float]
 
@@ -30,7 +30,8 @@ class ResultRow(Frozen):
     token_ratio: float
     peak_rss_mb: float
     gemm_share: float
-    """Useful FLOP/s, after `flops_rule`, as a share of the machine's own bf16 matrix-product rate."""
+    """Useful FLOP/s, after `flops_rule`, as a share of the machine's own matrix-product rate; of pairs, whose step has two passes in
+    loraloop, one is useful."""
     first_loss: float
     logical_tokens_per_s_range: Range
     peak_rss_mb_range: Range
@@ -52,7 +53,11 @@ class ResultRow(Frozen):
     """Timed, over all rounds."""
     batch_size: int
     autocast: bool
+    dtype: Dtype
     tuned_allocator: bool
+    reference_seconds: float | None
+    """Pairs: what the base model's log-probabilities of the timed rows took, once and not within a step; None where each step
+    computes them."""
     startup_seconds: float
 
 
@@ -87,17 +92,19 @@ class Disagreement(Exception):
 
 
 def check_agreement(shape: str, results: Sequence[EngineResult]) -> None:
-    """Raises Disagreement when first losses or gradient norms differ by more than bf16 explains."""
+    """Raises Disagreement when first losses or gradient norms differ by more than the coarser precision of the two explains."""
     first = results[0]
     for other in results[1:]:
+        rounds = any(result.autocast or result.dtype == "bfloat16" for result in (first, other))
+        tolerance = TOLERANCE["bfloat16" if rounds else "float32"]
         for what, one, two in (
             ("first loss", first.first_loss, other.first_loss),
             ("norm of the adapter's gradient", first.gradient_norm, other.gradient_norm),
         ):
-            if not abs(one - two) <= TOLERANCE * abs(one):  # a NaN disagrees too
+            if not abs(one - two) <= tolerance * abs(one):  # a NaN disagrees too
                 raise Disagreement(
                     f"{shape}: the {what} is {one:.6g} in {first.engine} and {two:.6g} in {other.engine}, which differ by more than "
-                    f"{TOLERANCE:.0%}: they did not do the same work, so their speeds are not compared"
+                    f"{tolerance:.1%}: they did not do the same work, so their speeds are not compared"
                 )
 
 
@@ -157,9 +164,17 @@ def _row(workload: Workload, results: Sequence[EngineResult], around: dict[str, 
         steps=sum(len(result.step_seconds) for result in results),
         batch_size=results[0].batch_size,
         autocast=results[0].autocast,
+        dtype=results[0].dtype,
         tuned_allocator=results[0].tuned_allocator,
+        reference_seconds=_median_of(result.reference_seconds for result in results),
         startup_seconds=round(median(result.startup_seconds for result in results), 2),
     )
+
+
+def _median_of(values: Iterable[float | None]) -> float | None:
+    """The median of what was measured, or None."""
+    known = [value for value in values if value is not None]
+    return round(median(known), 3) if known else None
 
 
 def describe_step(workload: Workload) -> StepSize:
@@ -219,8 +234,12 @@ def show(report: Report, echo: Callable[[Any], None]) -> None:
             )
         echo(table)
         echo("loss of each timed step: " + " · ".join(f"{row.engine} {' '.join(f'{x:.4f}' for x in row.losses[:6])}" for row in rows))
+        if references := [row for row in rows if row.reference_seconds is not None]:
+            words = (f"{row.engine} {row.reference_seconds:.1f} s for {row.timed_tokens:,} tokens" for row in references)
+            echo("the reference, once before training and not in a step's time: " + " · ".join(words))
     machine = report.machine
-    echo(f"{machine.processor}, {machine.threads} threads, bf16 GEMM {machine.gemm_gflops:,.0f} GFLOP/s, load {machine.load_average}")
+    rate = f"{machine.gemm_dtype} GEMM {machine.gemm_gflops:,.0f} GFLOP/s"
+    echo(f"{machine.processor}, {machine.threads} threads, {rate}, load {machine.load_average}")
 
 
 def _distance(path: Path | None, reference: Path | None) -> float | None:

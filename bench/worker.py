@@ -11,10 +11,10 @@ import sys
 import time
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from bench.counts import ModelShape
-from bench.steps import SHARING, EngineResult, Job, StepClock, StepPlan
+from bench.steps import SHARING, Dtype, EngineResult, Job, StepClock, StepPlan
 from bench.workload import Workload
 from loraloop import base_model
 from loraloop.files import write_atomic
@@ -31,6 +31,7 @@ def main() -> None:
     parser.add_argument("engine")
     for name in ("workload", "adapter", "model", "output"):
         parser.add_argument(name, type=Path)
+    parser.add_argument("--dtype", choices=("auto", *get_args(Dtype)), default="auto")
     parser.add_argument("--plan", type=StepPlan.model_validate_json, default=StepPlan())
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore", category=FutureWarning)  # of PEFT, about the next major version of transformers
@@ -40,7 +41,8 @@ def main() -> None:
     import torch
 
     base = base_model.resolve_base(str(arguments.model))
-    model = load(base, arguments.engine)
+    dtype = precision_of(arguments.engine, arguments.dtype)
+    model = load(base, dtype)
     initial = safetensors.torch.load_file(arguments.adapter)
     workload = Workload.load(arguments.workload)
     startup_seconds = time.monotonic() - started
@@ -54,23 +56,29 @@ def main() -> None:
         step_seconds=clock.step_seconds,
         step_tokens=sum(len(row.ids) for row in workload.timed_rows(shares=arguments.engine in SHARING)),
         gradient_norm=clock.gradient_norm(),
+        reference_seconds=clock.reference_seconds,
         peak_rss_mb=peak,
         startup_seconds=startup_seconds,
         threads=torch.get_num_threads(),
         tuned_allocator=tuned,
         batch_size=arguments.plan.batch_size,
         autocast=arguments.plan.autocast,
+        dtype=dtype,
         model_shape=ModelShape.of(model),
     )
     write_atomic(arguments.output, result.model_dump_json())
 
 
-def load(base: base_model.BaseModel, engine: str) -> Any:
-    """The base model with a LoRA adapter; in float32 for trl-default, as TRL loads it, else in bf16."""
+def precision_of(engine: str, wanted: base_model.Dtype) -> Dtype:
+    """Float32 for trl-default, as TRL loads a base model; else what is wanted, `auto` being what loraloop trains in on this machine."""
+    return "float32" if engine == "trl-default" else base_model.choose_dtype(wanted, "cpu")
+
+
+def load(base: base_model.BaseModel, dtype: Dtype) -> Any:
+    """The base model with a fresh LoRA adapter, whose B matrices are zero."""
     from loraloop.train.loop import new_adapter
 
-    model = base_model.load_model(base, "float32" if engine == "trl-default" else "bfloat16")
-    return new_adapter(model, RANK, ALPHA, 0.0, seed=0)
+    return new_adapter(base_model.load_model(base, dtype), RANK, ALPHA, 0.0, seed=0)
 
 
 def run(engine: str, model: Any, base: base_model.BaseModel, job: Job) -> StepClock:

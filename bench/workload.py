@@ -1,7 +1,8 @@
 """The rows of one optimizer step, made once by loraloop and read by every engine: the same token ids, the same loss weights.
 
-A shape says which samples of an agent's episodes make up the step; nothing is ever truncated, what is too long is left out and
-counted. Trains nothing and loads no model, only a tokenizer's chat template.
+A shape says which samples of an agent's episodes make up the step, and by which method it is trained: `pairs` by preference, all
+others by likelihood. Nothing is ever truncated, what is too long is left out and counted. Trains nothing and loads no model, only a
+tokenizer's chat template.
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ from loraloop.episode import Frozen
 from loraloop.files import write_atomic
 from loraloop.training_data import TrainingData
 
-Shape = Literal["calls", "episodes", "pairs-sft", "control"]
-SHAPES: tuple[Shape, ...] = ("calls", "episodes", "pairs-sft", "control")
+Shape = Literal["calls", "episodes", "pairs-sft", "pairs", "control"]
+SHAPES: tuple[Shape, ...] = ("calls", "episodes", "pairs-sft", "pairs", "control")
+PREFERENCE: tuple[Shape, ...] = ("pairs",)
+"""Shapes trained by dpo; their rows stand in pairs, the better one first."""
 WARM_UP_TOKENS = 512
 NO_LIMIT = 1 << 40
 """Rows are rendered whole, so that one that is too long is seen to be, rather than cut into windows."""
@@ -55,6 +58,11 @@ class Workload(Frozen):
     """What was not taken, by reason."""
 
     @property
+    def is_preference(self) -> bool:
+        """Whether the rows are pairs for dpo, each better one before its worse one."""
+        return self.shape in PREFERENCE
+
+    @property
     def n_tokens(self) -> int:
         """Logical tokens of a step: those of all samples, as often as they occur."""
         return sum(len(row.ids) for row in self.rows)
@@ -66,9 +74,13 @@ class Workload(Frozen):
 
     @property
     def warm_up_rows(self) -> list[BenchRow]:
-        """The beginning of the shortest row, every token trained: enough to load kernels and start threads, and never timed."""
+        """The beginning of the shortest row, every token trained: enough to load kernels and start threads, and never timed.
+
+        For a pair, that and a shorter one.
+        """
         ids = min((row.ids for row in self.rows), key=len)[:WARM_UP_TOKENS]
-        return [BenchRow(ids=ids, weights=(0.0, *[1.0] * (len(ids) - 1)))]
+        beginnings = [ids, ids[: len(ids) // 2 + 1]] if self.is_preference else [ids]
+        return [BenchRow(ids=ids, weights=(0.0, *[1.0] * (len(ids) - 1))) for ids in beginnings]
 
     def timed_rows(self, *, shares: bool) -> list[BenchRow]:
         """The rows of a timed step of an engine that `shares` prefixes between rows, or that does not."""
@@ -92,7 +104,7 @@ class Sizes(Frozen):
     """How much a step holds."""
 
     n_episodes: int
-    """Episodes to use (calls, control), or at most so many (episodes); pairs-sft makes half as many pairs."""
+    """Episodes to use (calls, control), or at most so many (episodes); pairs-sft and pairs make half as many pairs."""
     max_length: int
     """A longer row is left out."""
     check_tokens: int
@@ -104,8 +116,9 @@ def make_workload(
 ) -> Workload:
     """The step of `shape` from (task, sample) pairs, the first that fit. Raises NoRows when none does."""
     left_out: Counter[str] = Counter()
-    makers = {"calls": _calls, "episodes": _episodes, "pairs-sft": _pairs, "control": _control}
-    rows = list(islice(makers[shape](samples, template, sizes, left_out), sizes.n_episodes))
+    makers = {"calls": _calls, "episodes": _episodes, "pairs-sft": _attempts, "pairs": _pairs, "control": _control}
+    n_groups = sizes.n_episodes // 2 if shape in PREFERENCE else sizes.n_episodes
+    rows = list(islice(makers[shape](samples, template, sizes, left_out), n_groups))
     flat = tuple(row for group in rows for row in group)
     if not flat:
         raise NoRows(f"{shape}: no row of at most {sizes.max_length} tokens; left out: {dict(left_out)}; raise --max-length")
@@ -113,15 +126,15 @@ def make_workload(
         shape=shape,
         source=source,
         max_length=sizes.max_length,
-        n_episodes=len(rows),
+        n_episodes=len(flat) if shape in PREFERENCE else len(rows),
         rows=flat,
-        check=_check(flat, sizes.check_tokens),
+        check=_check(flat, sizes.check_tokens, n_together=2 if shape in PREFERENCE else 1),
         left_out=dict(left_out),
     )
 
 
 Groups = Iterator[list[BenchRow]]
-"""The rows of one episode after another."""
+"""The rows of one episode after another, or of one pair of them."""
 
 
 def _calls(samples: Sequence[tuple[str, TrainingData]], template: ChatTemplate, sizes: Sizes, left_out: Counter[str]) -> Groups:
@@ -146,7 +159,7 @@ def _episodes(samples: Sequence[tuple[str, TrainingData]], template: ChatTemplat
             yield rows
 
 
-def _pairs(samples: Sequence[tuple[str, TrainingData]], template: ChatTemplate, sizes: Sizes, left_out: Counter[str]) -> Groups:
+def _attempts(samples: Sequence[tuple[str, TrainingData]], template: ChatTemplate, sizes: Sizes, left_out: Counter[str]) -> Groups:
     """Two different attempts at one task after another, as whole episodes; a task without two that fit is counted, once."""
     by_task: dict[str, list[list[BenchRow]]] = {}
     for task, sample in samples:
@@ -161,6 +174,30 @@ def _pairs(samples: Sequence[tuple[str, TrainingData]], template: ChatTemplate, 
         left_out["task_without_two_attempts"] += single
 
 
+def _pairs(samples: Sequence[tuple[str, TrainingData]], template: ChatTemplate, sizes: Sizes, left_out: Counter[str]) -> Groups:
+    """Attempts at the same task side by side: the first with the second, the third with the fourth; each episode is in one pair.
+
+    Which of them is called better says nothing about the speed, so it is the first.
+    """
+    waiting: dict[str, TrainingData] = {}
+    for task, sample in samples:
+        other = waiting.pop(task, None)
+        if other is None:
+            waiting[task] = sample
+        elif rows := _fitting(_pair(other, sample), template, sizes, left_out):
+            yield rows
+    if waiting:
+        left_out["episode_without_partner"] += len(waiting)
+
+
+def _pair(better: TrainingData, worse: TrainingData) -> TrainingData:
+    """A sample for dpo; its prompt is what both share before the first turn in which they differ."""
+    shorter = min(len(better.messages), len(worse.messages)) - 1
+    in_step = zip(better.messages[:shorter], worse.messages, strict=False)
+    n_prompt = next((number for number, (one, other) in enumerate(in_step) if one != other), shorter)
+    return better.model_copy(update={"kind": "dpo", "n_prompt": n_prompt, "rejected_messages": worse.messages[n_prompt:]})
+
+
 def _control(samples: Sequence[tuple[str, TrainingData]], template: ChatTemplate, sizes: Sizes, left_out: Counter[str]) -> Groups:
     """Whole episodes that share no prefix: before each stands one token more, another for each row, without loss."""
     openers = iter(range(len(template.tokenizer)))
@@ -169,23 +206,27 @@ def _control(samples: Sequence[tuple[str, TrainingData]], template: ChatTemplate
 
 
 def _fitting(sample: TrainingData, template: ChatTemplate, sizes: Sizes, left_out: Counter[str]) -> list[BenchRow]:
-    """The row of a sample in a list, or nothing, counted, when it is too long or the template cannot keep it in one piece."""
-    built = build_units([sample], template, NO_LIMIT)
-    if len(built.rows) > 1 or built.refusals:
+    """The row of a sample, or the two of a pair; nothing, counted, when one is too long or the template cannot keep it in one piece."""
+    built = build_units([sample], template, NO_LIMIT, method=sample.kind)
+    if len(built.rows) > (2 if sample.kind == "dpo" else 1) or built.refusals:
         left_out["not_one_row"] += 1
         return []
-    row = built.rows[0]
-    if len(row.ids) > sizes.max_length:
+    if any(len(row.ids) > sizes.max_length for row in built.rows):
         left_out["too_long"] += 1
         return []
-    return [BenchRow(ids=tuple(row.ids), weights=tuple(map(float, row.weights)))]
+    return [BenchRow(ids=tuple(row.ids), weights=tuple(map(float, row.weights))) for row in built.rows]
 
 
-def _check(rows: Sequence[BenchRow], max_tokens: int) -> tuple[int, ...]:
-    """The longest row, the shortest, and others at even distances in order of length; two at least, where there are two."""
+def _check(rows: Sequence[BenchRow], max_tokens: int, n_together: int) -> tuple[int, ...]:
+    """The longest row, the shortest, and others at even distances in order of length; two at least, where there are two.
+
+    Of pairs, whose rows stand together, the whole of each.
+    """
     n_tokens = sum(len(row.ids) for row in rows)
     if not max_tokens or n_tokens <= max_tokens:
         return tuple(range(len(rows)))
-    by_length = sorted(range(len(rows)), key=lambda index: len(rows[index].ids))
-    count = max(2, round(max_tokens * len(rows) / n_tokens))
-    return tuple(sorted({by_length[number * (len(rows) - 1) // (count - 1)] for number in range(count)}))
+    parts = [tuple(range(start, start + n_together)) for start in range(0, len(rows), n_together)]
+    parts.sort(key=lambda part: sum(len(rows[index].ids) for index in part))
+    count = max(2, round(max_tokens * len(parts) / n_tokens))
+    chosen = {parts[number * (len(parts) - 1) // (count - 1)] for number in range(count)}
+    return tuple(sorted(index for part in chosen for index in part))

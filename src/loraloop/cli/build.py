@@ -20,16 +20,18 @@ if TYPE_CHECKING:
     from loraloop.episode import EpisodeFilter
     from loraloop.plugins import LearnModel
 
+DEFAULTS = DatasetSettings()
 TRAINER = LoraTrainerConfig()
 OPTIONS = TrainOptions()
-DEFAULTS = DatasetSettings()
-EXAMPLES = """Example: loraloop build --min-score 0.5 --held-out 0.2
+EXAMPLES = """Examples:
 
-Pairs: loraloop build --method dpo --min-quality-gap 0.3 --pairing divergence
+loraloop build --min-score 0.5 --held-out 0.2
 
-Tasks by kto: loraloop build --method kto --learn-model worker_task --max-per-task 4 --json
+loraloop build --method dpo --min-quality-gap 0.3 --pairing divergence
 
-A report: loraloop build --base ./SmolLM2-135M-Instruct --show 3"""
+loraloop build --method kto --learn-model worker_task --max-per-task 4 --json
+
+loraloop build --base ./SmolLM2-135M-Instruct --show 3"""
 
 
 def register(app: typer.Typer) -> None:

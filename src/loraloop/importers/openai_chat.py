@@ -89,7 +89,7 @@ def require_own_words(messages: Sequence[Message]) -> None:
         if message.is_agent and message.weight and has_observation(message.content or ""):
             found = f"an Observation behind an Action inside message {number}, a turn of the agent: {show(message.content)}"
             advice = "put each observation into a turn of the user, or its `weight` to 0"
-            raise EntryRefused("observation_in_agent_turn", found, "only the agent's own words in its turns", advice)
+            raise EntryRefused("observation_in_turn", found, "only the agent's own words in its turns", advice)
 
 
 def _require_demonstration(row: dict[str, object]) -> None:
