@@ -66,6 +66,8 @@ def test_the_page_of_every_method_is_whole_and_refers_to_nothing_outside(samples
     html = to_html(found)
     page = check_inert(html)
     assert page.stack == []
+    assert not re.search(r"\w+://|<metadata|<\?xml", html)
+    assert html.count("<!DOCTYPE") == 1
     assert html.count("<svg") >= 3
     assert "outcome_failure" in html
     for share in found.shares:

@@ -37,13 +37,13 @@ def find_stretches(text: str, masked: str, messages: Sequence[Message | None], o
     characters that the agent wrote and that carry loss.
     """
     found: list[Stretch] = [Stretch(start, end, "assistant") for start, end in own]
-    for start, end, index in _align(text, masked, messages):
+    for start, end, index in align(text, masked, messages):
         message = messages[index]
         found.append(Stretch(start, end, author_of(message) if message else "template"))
     return tuple(_fill(_with_own_context(text, sorted(found), messages), len(text)))
 
 
-def _align(text: str, masked: str, messages: Sequence[Message | None]) -> Iterator[tuple[int, int, int]]:
+def align(text: str, masked: str, messages: Sequence[Message | None]) -> Iterator[tuple[int, int, int]]:
     """(start, end, turn) of the words behind each mark, in order; ends early where the renderings cannot be matched."""
     parts = _MARK.split(masked)  # literal, number, literal, number, …, literal
     if not text.startswith(parts[0]):

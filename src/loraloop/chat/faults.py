@@ -67,8 +67,10 @@ def _is_double_encoded(arguments: str) -> bool:
     """Whether a call's arguments are a JSON text that holds the JSON of an object."""
     if not arguments.lstrip().startswith('"'):
         return False
+    decoded: Any = arguments
     try:
-        inner = json.loads(arguments)
-        return isinstance(inner, str) and isinstance(json.loads(inner), dict)
-    except json.JSONDecodeError:
+        while isinstance(decoded, str):
+            decoded = json.loads(decoded)
+    except (json.JSONDecodeError, RecursionError):
         return False
+    return isinstance(decoded, dict)

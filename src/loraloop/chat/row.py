@@ -39,6 +39,8 @@ class Row:
     """Agent turns trained in this row."""
     n_stops: int = 0
     """How many of them end in a trained special token."""
+    n_borders: int = 0
+    """Trained stop tokens that end no trained turn: they belong to the border between two turns, which the model never writes."""
     n_calls_recorded: int = 0
     n_calls_rendered: int = 0
     n_tools_recorded: int = 0
@@ -75,6 +77,8 @@ def check_row(row: Row) -> list[str]:
     findings += [f"trained_{role}_token" for role in ROLES if role != "assistant" and row.trained_by_role.get(role, 0)]
     if row.n_stops < row.n_turns:
         findings.append("stop_token_untrained")
+    if row.n_borders:
+        findings.append("trained_border_token")
     if row.n_calls_rendered < row.n_calls_recorded:
         findings.append("tool_calls_lost")
     if row.n_tools_rendered < row.n_tools_recorded:

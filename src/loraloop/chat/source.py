@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 from itertools import groupby
 
-from loraloop.chat.authors import find_stretches, mark
+from loraloop.chat.authors import align, find_stretches, mark
 from loraloop.chat.faults import Fault, find_turn_fault
 from loraloop.chat.row import ROLES, Row, Stretch
 from loraloop.chat.template import ChatTemplate, Turn
@@ -108,13 +108,16 @@ class Source:
     def row(self, start: int, spans: Sequence[Span], encoded: Encoded) -> Row:
         """The window from `start` through the last of `spans`, of which `spans` carry loss."""
         weights = [0.0] * len(encoded.ids)
-        n_stops = 0
+        n_stops = n_borders = 0
         for span in spans:
             message = self.messages[span.turn]
             tokens = encoded.tokens_within(span)
             for token in tokens:
                 weights[token] = (message.weight if message else 0.0) * self.sample.weight
-            n_stops += any(weights[token] > 0 for token in tokens[-1:] if encoded.text_of(token) in self.template.stop_texts)
+            stop = encoded.text_of(tokens[-1]) if tokens else ""
+            if stop in self.template.stop_texts:
+                n_stops += weights[tokens[-1]] > 0
+                n_borders += sum(encoded.text_of(token) == stop for token in tokens[:-1])
         recorded, rendered = self._count_calls(encoded.text, spans)
         masked = self._masked_text(start, spans[-1])
         stretches = find_stretches(encoded.text, masked, self.messages, [(span.start, span.end) for span in spans])
@@ -126,6 +129,7 @@ class Source:
             trained_by_role=self._trained_by_role(masked, encoded, weights),
             n_turns=len(spans),
             n_stops=n_stops,
+            n_borders=n_borders,
             n_calls_recorded=recorded,
             n_calls_rendered=rendered,
             n_tools_recorded=len(self._tool_names),
@@ -162,6 +166,7 @@ class Source:
         trained must be there still. What is not, and holds words of another, is that other's.
         """
         counts = dict.fromkeys(ROLES, 0)
+        others = list(align(encoded.text, masked, self.messages))
         cursor = 0
         for is_trained, run in groupby(zip(encoded.offsets, weights, strict=True), key=lambda pair: pair[1] > 0):
             if not is_trained:
@@ -170,8 +175,21 @@ class Source:
             piece = encoded.text[tokens[0][0] : tokens[-1][1]]
             found = masked.find(piece, cursor)
             cursor = found + len(piece) if found >= 0 else cursor
-            counts["assistant" if found >= 0 else self._author(piece)] += len(tokens)
+            strangers = () if found >= 0 else [role for token in tokens for role in self._authors_of(token, others)]
+            for role in strangers:
+                counts[role] += 1
+            rest = "assistant" if found >= 0 or strangers else self._author(piece)
+            counts[rest] += len(tokens) - len(strangers)
         return counts
+
+    def _authors_of(self, token: tuple[int, int], others: Sequence[tuple[int, int, int]]) -> list[str]:
+        """The role of another in whose words the token begins, or nothing."""
+        turns = [index for start, end, index in others if start <= token[0] < end]
+        return ["user" if self.turns[index]["role"] == "assistant" else self._role(index) for index in turns[:1]]
+
+    def _role(self, index: int) -> str:
+        message = self.messages[index]
+        return message.role if message else "system"
 
     def _author(self, piece: str) -> str:
         """The role of another whose words `piece` holds, whole or in part; a demonstration is context, like a user turn."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -106,7 +107,7 @@ def build(
         show_built(dataset)
     if report is not None:
         report.show(console=err() if as_json else None, n_samples=show or 0)
-    show_next(f"loraloop train --base {base or 'MODEL'}", project)
+    show_next(f"loraloop train --base {shlex.quote(base) if base else 'MODEL'}", project)
 
 
 def show_built(dataset: Dataset) -> None:

@@ -113,6 +113,9 @@ def _checks(findings: Findings) -> list[list[str]]:
     data, facts = findings.data, findings.template
     if data is None or facts is None:
         return []
+    broken = "rendered as before"
+    if data.prefix_broken:
+        broken = f"changed by the template: {data.prefix_broken} samples are {data.prefix_broken_rows} rows, one for each call"
     stop = {True: "yes", False: "NO", None: "no turn is trained"}[facts.stop_is_trained]
     return [
         ["rows", f"{data.rows}, of {data.samples_used} samples (of {data.samples}), at most {findings.max_length} tokens each"],
@@ -121,7 +124,7 @@ def _checks(findings: Findings) -> list[list[str]]:
         ["tool calls", f"{data.calls_rendered} of {data.calls_recorded}, by the {facts.calls_by}"],
         ["tool results", f"by the {facts.results_by}"],
         [f"too long ({findings.long})", f"{data.windowed} samples in windows, {data.elided} cut by {data.characters_elided:,} characters"],
-        ["a row for each call", f"{data.prefix_broken} samples in {data.prefix_broken_rows} rows: the template changes earlier turns"],
+        ["earlier turns later on", broken],
     ]
 
 
