@@ -90,8 +90,8 @@ def adapter(load: Callable[[], Any], request: pytest.FixtureRequest) -> dict[str
     """
     import torch
 
-    torch.manual_seed(request.param)
     values = {name: parameter.detach().clone() for name, parameter in adapter_parameters(load())}
+    torch.manual_seed(request.param)
     for name, value in values.items():
         if "lora_B" in name:
             torch.nn.init.normal_(value, std=0.3)
