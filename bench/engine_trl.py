@@ -65,15 +65,15 @@ def open_trainer(engine: str, model: Any, tokenizer: Any, rows: list[BenchRow], 
     """An SFTTrainer whose optimizer step is all of `rows`; `trainer.clock` hears of each step."""
     import trl
 
-    class Trainer(_Clocked, trl.SFTTrainer):  # type: ignore[misc]  # TRL has no types
+    class Trainer(Clocked, trl.SFTTrainer):  # type: ignore[misc]  # TRL has no types
         """TRL's own, with the sum of its micro-batch losses kept."""
 
         def prepare(self, rows: list[BenchRow]) -> Any:
             return to_dataset(rows)
 
     own = {"dataset_kwargs": {"skip_prepare_dataset": True}}
-    args = trl.SFTConfig(**_arguments(engine, plan, len(rows)), **own)
-    return _listen(Trainer(model=model, args=args, train_dataset=to_dataset(rows), processing_class=tokenizer))
+    args = trl.SFTConfig(**list_arguments(engine, plan, len(rows)), **own)
+    return listen(Trainer(model=model, args=args, train_dataset=to_dataset(rows), processing_class=tokenizer))
 
 
 def open_pairs_trainer(
@@ -87,12 +87,12 @@ def open_pairs_trainer(
     from trl.trainer.dpo_trainer import DataCollatorForPreference
 
     n_pairs = len(rows) // 2
-    arguments = _arguments(engine, plan, n_pairs)
+    arguments = list_arguments(engine, plan, n_pairs)
     size = min(n_pairs, arguments["per_device_train_batch_size"])
     if n_pairs % size:
         raise ValueError(f"{n_pairs} pairs are not a whole number of batches of {size}")
 
-    class Trainer(_Clocked, trl.DPOTrainer):  # type: ignore[misc]  # TRL has no types
+    class Trainer(Clocked, trl.DPOTrainer):  # type: ignore[misc]  # TRL has no types
         """TRL's own, whose data is tokenised already."""
 
         def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
@@ -127,10 +127,10 @@ def open_pairs_trainer(
     args = trl.DPOConfig(**arguments, **own, beta=beta, loss_type=[loss], remove_unused_columns=False)
     collator = Collator(pad_token_id=tokenizer.pad_token_id or 0)
     dataset = to_pairs_dataset(rows)
-    return _listen(Trainer(model=model, args=args, train_dataset=dataset, processing_class=tokenizer, data_collator=collator))
+    return listen(Trainer(model=model, args=args, train_dataset=dataset, processing_class=tokenizer, data_collator=collator))
 
 
-class _Clocked:
+class Clocked:
     """What is added to a trainer of TRL's: the sum of its micro-batch losses, and a clock that hears of each step."""
 
     clock: StepClock | None = None
@@ -138,6 +138,7 @@ class _Clocked:
     reference_seconds: float | None = None
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """One micro-batch, its share of the window's loss added up."""
         loss = super().training_step(*args, **kwargs)  # type: ignore[misc]  # of the trainer behind it
         self.window_loss += float(loss)
         return loss
@@ -183,7 +184,7 @@ def _check_weights(rows: Sequence[BenchRow]) -> None:
         raise ValueError("TRL's labels know no loss weights but 0 and 1")
 
 
-def _arguments(engine: str, plan: StepPlan, n_samples: int) -> dict[str, Any]:
+def list_arguments(engine: str, plan: StepPlan, n_samples: int) -> dict[str, Any]:
     """What both trainers are given, for steps of `n_samples` rows or pairs."""
     batch_size = DEFAULT_BATCH if engine == "trl-default" else plan.batch_size
     tuned = {"gradient_checkpointing": False, "bf16": plan.autocast}
@@ -206,7 +207,7 @@ def _arguments(engine: str, plan: StepPlan, n_samples: int) -> dict[str, Any]:
     }
 
 
-def _listen(trainer: Any) -> Any:
+def listen(trainer: Any) -> Any:
     """The trainer with a clock to its steps and without its own words."""
     import transformers
 

@@ -37,7 +37,7 @@ def cli_page() -> str:
 def settings_page() -> str:
     """The fields of the trainer's configuration and of a dataset's, with the string under each as its description."""
     parts = [
-        "# Settings\n\nWritten by `make docs` from `loraloop.lora.config` and `loraloop.dataset.settings`. Every value is checked when it is set.\n"
+        "# Settings\n\nWritten by `make docs` from `lora/config.py` and `dataset/settings.py`. Every value is checked when it is set.\n"
     ]
     for kind in (LoraTrainerConfig, TrainOptions, DatasetSettings):
         rows = "\n".join(_rows(kind))

@@ -89,6 +89,15 @@ def test_undesirable_samples_alone_are_a_dataset_with_a_warning(tmp_path: Path) 
     assert any("every sample to train on is undesirable, none desirable" in warning for warning in manifest.warnings)
 
 
+def test_scores_outside_the_scale_make_the_others_doubtful(tmp_path: Path) -> None:
+    episodes = [episode(number, number, Success(score)) for number, score in enumerate((0.5, 1.0, 1.2))]
+    manifest = build(episodes, tmp_path).manifest
+    assert manifest.refused == {"score_outside_scale": 1}
+    assert any("1 episodes are refused for a score outside the scale" in warning for warning in manifest.warnings)
+    declared = build(episodes, tmp_path, compose("sft", None, {"score_range": (0, 2)})).manifest
+    assert not any("outside the scale" in warning for warning in declared.warnings)
+
+
 # --- accounts ---------------------------------------------------------------------------------------------------------------
 
 

@@ -16,7 +16,7 @@ import contextlib
 import dataclasses
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -136,7 +136,7 @@ def _write(candidates: list[Candidate], parts: Split, accounts: Accounts, learn_
     refused = [accounts.refused[episode_id].model_dump(mode="json") for episode_id in sorted(accounts.refused)]
     files = dict(zip((TRAIN_FILE, HELD_OUT_FILE, REFUSED_FILE), (*lines, refused), strict=True))
     told = {
-        **_describe_parts(training, held_out, tasks),
+        **_describe_parts(training, held_out, tasks, accounts.counts()),
         "method": learn_model.method,
         "learn_model": learn_model.name,
         "episodes": len(accounts.known),
@@ -170,13 +170,20 @@ def _freeze_files(path: Path, files: dict[str, list[dict[str, object]]], manifes
     return open_dataset(path)
 
 
-def _describe_parts(training: Sequence[Candidate], held_out: Sequence[Candidate], tasks: dict[str, str]) -> dict[str, object]:
+def _describe_parts(
+    training: Sequence[Candidate], held_out: Sequence[Candidate], tasks: dict[str, str], refused: Mapping[str, int]
+) -> dict[str, object]:
     """The counts of both sides, and what a user should know of them."""
     warnings = []
     aims = Counter(candidate.sample.desirable for candidate in training)
     if training[0].sample.kind == "kto" and len(aims) == 1:
         only, none = ("desirable", "undesirable") if True in aims else ("undesirable", "desirable")
         warnings.append(f"every sample to train on is {only}, none {none}: nothing balances what is learned")
+    if n_outside := refused.get("score_outside_scale"):
+        warnings.append(
+            f"{n_outside} episodes are refused for a score outside the scale, so the scores of others on that scale do not mean what "
+            "they seem to: declare it with --score-min and --score-max, or leave that scenario out"
+        )
     n_tasks = len({tasks[one.key] for one in (*training, *held_out)})
     if not held_out:
         warnings.append(f"nothing is held out of {n_tasks} {'task' if n_tasks == 1 else 'tasks'}: what is learned cannot be measured")

@@ -97,7 +97,7 @@ def judge(method: Method, episode: Episode, settings: OutcomeSettings) -> Meanin
     low, high = settings.score_range
     if score is not None and not low <= score <= high:
         declare = f"score_range=({min(low, score):g}, {max(high, score):g})"
-        detail = f"its score {score:g} is outside the scale {low:g} to {high:g}; declare the recorder's scale, such as {declare}"
+        detail = f"its score {score:g} is outside the scale {low:g} to {high:g}; declare the recorder's, such as {declare} or --score-max"
         return Refusal(episode_id=episode.id, reason="score_outside_scale", detail=detail)
     decided = RULES[method, outcome.kind].decide(None if score is None else settings.place(score), settings)
     if isinstance(decided, LeftOut):
