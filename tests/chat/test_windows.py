@@ -87,7 +87,7 @@ def turn_of(refusal) -> int:
 def test_every_agent_turn_is_trained_once_or_refused(family):
     template = make_template(family)
 
-    @settings(max_examples=25, deadline=None, derandomize=True)
+    @settings(max_examples=10 if family in {"qwen3", "deepseek-v3.1", "deepseek-r1", "lfm2.5"} else 25, deadline=None, derandomize=True)
     @given(conversations(family), st.integers(40, 1500))
     def holds(data, max_length):
         own = [index for index, message in enumerate(data.messages) if message.is_agent and message.weight > 0]
