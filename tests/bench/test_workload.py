@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import subprocess
 import sys
@@ -17,10 +18,11 @@ from tiny import make_tokenizer
 from bench.counts import count_separate, count_shared
 from bench.machine import Machine
 from bench.recordings import read_samples, write_generated
-from bench.steps import EngineResult
+from bench.steps import BETA, EngineResult, adapter_parameters, reset_adapter
 from bench.table import Disagreement, Report, check_agreement, describe_step, make_rows
 from bench.train import ENGINES, save_adapter
 from bench.train import main as run_bench
+from bench.worker import load
 from bench.workload import SHAPES, BenchRow, NoRows, Shape, Sizes, Workload, make_workload
 from loraloop import base_model
 from loraloop.chat.template import ChatTemplate
@@ -98,6 +100,39 @@ def test_pairs_are_two_different_attempts_at_the_same_task(samples: Samples, tem
         assert shared > 1000  # policy and opening words of the generated tasks
 
 
+def test_pairs_for_dpo_are_attempts_at_the_same_task_trained_behind_what_they_share(samples: Samples, template: ChatTemplate) -> None:
+    workload = make("pairs", samples, template)
+    whole = {row.ids: row for row in make("episodes", samples, template, n_episodes=99).rows}
+    episodes = dict(zip(whole, samples, strict=True))
+    assert workload.is_preference
+    assert workload.n_episodes == len(workload.rows) == 4
+    for better, worse in zip(workload.rows[::2], workload.rows[1::2], strict=True):
+        (task, one), (other_task, other) = episodes[better.ids], episodes[worse.ids]
+        assert task == other_task
+        assert one.messages != other.messages
+        shared = next(index for index, (a, b) in enumerate(zip(better.ids, worse.ids, strict=False)) if a != b)
+        for row in (better, worse):
+            turns = trained_spans(whole[row.ids])
+            assert trained_spans(row) == [turn for turn in turns if turn[1] > shared]  # none of an equal turn
+            assert len(trained_spans(row)) > 2  # whole episodes, the user and tools between the agent's turns
+    assert len({row.ids for row in workload.rows}) == 4
+
+
+def test_the_check_of_pairs_holds_both_sides_of_each(samples: Samples, template: ChatTemplate) -> None:
+    workload = make("pairs", samples, template, n_episodes=8, check_tokens=10)
+    longest, shortest = (
+        choose(range(0, 8, 2), key=lambda index: sum(len(row.ids) for row in workload.rows[index : index + 2])) for choose in (max, min)
+    )
+    assert set(workload.check) == {longest, longest + 1, shortest, shortest + 1}
+    assert list(workload.check) == sorted(workload.check)
+    assert len(workload.warm_up_rows) == 2
+
+
+def test_an_attempt_without_another_is_counted(samples: Samples, template: ChatTemplate) -> None:
+    assert make("pairs", samples[:3], template).left_out == {"episode_without_partner": 1}
+    assert make("pairs", [*samples[:2], samples[0]], template).n_episodes == 2
+
+
 def test_control_shares_nothing_and_holds_the_episodes_otherwise(samples: Samples, template: ChatTemplate) -> None:
     control, episodes = make("control", samples, template), make("episodes", samples, template)
     assert count_shared(control.rows).token_ratio == 1.0
@@ -117,7 +152,9 @@ def test_nothing_is_truncated_and_what_is_too_long_is_counted(samples: Samples, 
         assert {row.ids[1:] for row in limited.rows} <= {ids[1:] for ids in everything}
     else:
         assert all(everything[row.ids] == row for row in limited.rows)
-    if shape != "pairs-sft":
+    if shape == "pairs":
+        assert limited.left_out == {"too_long": (len(everything) - len(limited.rows)) // 2}
+    elif shape != "pairs-sft":
         assert limited.left_out == {"too_long": len(everything) - len(limited.rows)}
     else:
         assert limited.left_out["too_long"] + len(limited.rows) <= len(samples)
@@ -220,6 +257,53 @@ def test_json_keeps_the_contract(measured: tuple[Workload, EngineResult, Path]) 
     assert (rows[0].gradient_distance, rows[1].gradient_distance) == (0.0, None)
     assert rows[0].token_ratio == pytest.approx(workload.n_tokens / count_shared(workload.rows).computed_tokens, abs=1e-3)
     assert rows[0].computed_tokens_per_s == rows[0].logical_tokens_per_s
+
+
+@pytest.mark.parametrize(
+    "engine", ["tree", "trl-tuned", *(pytest.param(engine, marks=pytest.mark.slow) for engine in ("dense", "trl-default"))]
+)
+def test_engines_train_pairs_by_the_same_loss(tiny_model: Callable[[str], Path], tmp_path: Path, engine: str) -> None:
+    if engine.startswith("trl"):
+        pytest.importorskip("trl", reason="TRL is not installed; it comes with the extra `bench`")
+    workload = make_pair()
+    base = base_model.resolve_base(str(tiny_model("llama")))
+    workload.save(tmp_path / "step.json")
+    save_adapter(base, tmp_path / "adapter.safetensors")
+    files = [tmp_path / "step.json", tmp_path / "adapter.safetensors", base.path, tmp_path / "result.json"]
+    plan = ["--dtype", "float32", "--plan", '{"steps": 1, "min_seconds": 0}']
+    subprocess.run(
+        [sys.executable, "-m", "bench.worker", engine, *map(str, files), *plan], cwd=REPO, check=True, capture_output=True, timeout=300
+    )
+    result = EngineResult.model_validate_json((tmp_path / "result.json").read_bytes())
+    expected = take_step_of_definition(base, workload, safetensors.torch.load_file(tmp_path / "adapter.safetensors"))
+    assert result.first_loss == pytest.approx(expected, rel=0.02 if engine == "trl-default" else 1e-3)  # the one has bf16 autocast
+    assert result.first_loss != pytest.approx(math.log(2), rel=2e-3)  # which it would be if the reference had the adapter on
+    assert (result.reference_seconds is None) == (engine == "trl-default")
+
+
+def make_pair() -> Workload:
+    """Two rows with a common beginning; the tokens after it are the agent's and others' in turn."""
+    draw = random.Random(0)
+    prompt, sides = draw.choices(range(256), k=90), [draw.choices(range(256), k=length) for length in (80, 130)]
+    rows = [make_row(*prompt, *side, trained=tuple(index for index in range(90, 170) if index % 9 < 5)) for side in sides]
+    return Workload(shape="pairs", source="", max_length=300, n_episodes=2, rows=tuple(rows), check=(0, 1), left_out={})
+
+
+def take_step_of_definition(base: base_model.BaseModel, workload: Workload, adapter: dict[str, torch.Tensor]) -> float:
+    """The loss of dpo over one pair, from all logits."""
+    model = load(base, "float32")
+    reset_adapter(adapter_parameters(model), adapter)
+
+    @torch.no_grad()
+    def log_p(row: BenchRow) -> float:
+        ids, weights = torch.tensor(row.ids), torch.tensor(row.weights[1:])
+        scores = torch.log_softmax(model(input_ids=ids[None]).logits[0, :-1].double(), -1)
+        return float(scores[torch.arange(len(ids) - 1), ids[1:]] @ weights.double())
+
+    with_adapter = [log_p(row) for row in workload.rows]
+    with model.disable_adapter():
+        better, worse = (own - log_p(row) for own, row in zip(with_adapter, workload.rows, strict=True))
+    return math.log1p(math.exp(-BETA * (better - worse)))
 
 
 @pytest.mark.parametrize("change", [{"first_loss": 1.03}, {"gradient_norm": 0.97}, {"gradient_norm": float("nan")}])
