@@ -15,6 +15,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import get_args
 
@@ -32,17 +33,18 @@ from loraloop.files import write_atomic
 
 ENGINES = ("tree", "dense", "trl-tuned", "trl-tuned-malloc", "trl-default")
 DEFAULT_EPISODES = {"calls": 2, "episodes": 16, "pairs-sft": 4, "pairs": 16, "control": 2}
-"""Sized so that the default run ends within 25 minutes on two cores."""
+"""Sized so that the default run ends within 25 minutes on two cores with AMX; elsewhere `--minutes` leaves out rounds."""
 DEFAULT_MAX_LENGTH = {"calls": 4096, "episodes": 4096, "pairs-sft": 4096, "pairs": 2560, "control": 4096}
-"""TRL holds both sides of a pair at once, padded to the longer: at 2,560 tokens a side it needs NN GB."""
+"""TRL holds both sides of a pair at once, padded to the longer, so a step of pairs needs twice the memory of one of rows."""
 TUNED: dict[str, tuple[int, bool]] = dict.fromkeys(SHAPES, (1, False))
 """(batch size, bf16 autocast) that makes TRL fastest on each shape, by `--sweep`. Measured on `calls`, rows of 1,649 and 2,628 tokens,
 two cores with AMX: 189 logical tokens/s and 8.1 GB as it is here; 83 and 14.0 GB with batches of two, which are padded and need a
 mask; 80 and 7.0 GB with autocast."""
 DENSE_BATCH = 4
 """The default of `python -m loraloop.train`; the loop itself keeps a micro-batch below MICRO_BATCH_TOKENS."""
-SIDE_ROWS = ("trl-tuned-malloc", "trl-default")
-"""Engines that say what one setting is worth; the slowest of all, they get fewer rounds, or the default run would be mostly theirs."""
+SIDE_ROWS = {"trl-tuned-malloc": 1.0, "trl-default": 3.0}
+"""Engines that say what one setting is worth, and about how many times the time of trl-tuned they take; the slowest of all, they get
+fewer rounds, or the default run would be mostly theirs."""
 DEFAULT_CHECK_TOKENS = 3000
 SWEEP = tuple((batch_size, autocast) for batch_size in (1, 2, 4, 8) for autocast in (False, True))
 ADAPTER_B_STD = 0.01
@@ -75,9 +77,10 @@ def _compare(arguments: argparse.Namespace, folder: Path) -> int:
     bench = Bench(arguments, folder)
     rows: list[ResultRow] = []
     workloads = {}
-    for shape in arguments.shape:
+    for number, shape in enumerate(arguments.shape, 1):
         workload = bench.make_step(shape)
         workloads[shape] = describe_step(workload)
+        budget = Budget(started + 60 * arguments.minutes * number / len(arguments.shape))
         results: list[EngineResult] = []
         gradients: dict[str, Path] = {}
         for round_number in range(arguments.rounds):
@@ -85,7 +88,12 @@ def _compare(arguments: argparse.Namespace, folder: Path) -> int:
             for engine in order:
                 if engine in SIDE_ROWS and round_number >= arguments.side_rounds:
                     continue
+                if (round_number or engine in SIDE_ROWS) and not budget.allows(engine):
+                    _say(f"{shape} round {round_number + 1}: no time for {engine} within --minutes {arguments.minutes:g}")
+                    continue
+                begun = time.monotonic()
                 result, gradient = bench.run(workload, engine, TUNED[shape], f"round {round_number + 1}")
+                budget.seconds[engine] = time.monotonic() - begun
                 results.append(result)
                 gradients.setdefault(engine, gradient)
                 check_agreement(shape, results)
@@ -97,6 +105,20 @@ def _compare(arguments: argparse.Namespace, folder: Path) -> int:
     _say(f"{(time.monotonic() - started) / 60:.1f} minutes in all")
     show(report, Console(width=160 if not sys.stdout.isatty() else None).print)
     return 0
+
+
+@dataclass
+class Budget:
+    """Until when a shape may be measured, and what its engines take. Each is measured once however long it takes, side rows excepted."""
+
+    end: float
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Of the last process of each engine."""
+
+    def allows(self, engine: str) -> bool:
+        """Whether another process of `engine` is likely to end in time; a side row is guessed from trl-tuned."""
+        expected = self.seconds.get(engine, SIDE_ROWS.get(engine, 0.0) * self.seconds.get("trl-tuned", 0.0))
+        return time.monotonic() + expected <= self.end
 
 
 def _sweep(arguments: argparse.Namespace, folder: Path) -> int:
@@ -247,6 +269,12 @@ sigmoid with beta 0.1; the base model's log-probabilities are computed beforehan
     )
     parser.add_argument("--rounds", type=_positive, default=3, help="fresh processes for each engine, in alternating order (3)")
     parser.add_argument("--side-rounds", type=_positive, default=1, help=f"as many of them for {' and '.join(SIDE_ROWS)} (1)")
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=25.0,
+        help="no further round and no side row is begun that would likely end after a shape's share of so many minutes (25)",
+    )
     parser.add_argument("--steps", type=_positive, default=1, help="timed steps in a process, at least (1)")
     parser.add_argument("--min-seconds", type=float, default=10.0, help="timed seconds in a process, at least (10)")
     parser.add_argument(

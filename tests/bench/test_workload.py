@@ -7,6 +7,7 @@ import math
 import random
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from bench.machine import Machine
 from bench.recordings import read_samples, write_generated
 from bench.steps import BETA, EngineResult, adapter_parameters, reset_adapter
 from bench.table import Disagreement, Report, check_agreement, describe_step, make_rows
-from bench.train import ENGINES, save_adapter
+from bench.train import ENGINES, Budget, save_adapter
 from bench.train import main as run_bench
 from bench.worker import load
 from bench.workload import SHAPES, BenchRow, NoRows, Shape, Sizes, Workload, make_workload
@@ -332,3 +333,14 @@ def test_unknown_engine_is_refused_with_the_known_ones(capsys: pytest.CaptureFix
     assert stop.value.code == 2
     assert all(engine in capsys.readouterr().err for engine in ("tree",))
     assert len(ENGINES) == 5
+
+
+def test_no_round_is_begun_that_would_end_too_late() -> None:
+    budget = Budget(time.monotonic() + 100, {"tree": 20, "trl-tuned": 60})
+    assert budget.allows("tree")
+    assert budget.allows("trl-tuned")
+    assert budget.allows("trl-tuned-malloc")
+    assert not budget.allows("trl-default")  # guessed to take three times trl-tuned's time
+    budget.seconds["trl-tuned"] = 101
+    assert not budget.allows("trl-tuned")
+    assert not Budget(time.monotonic() - 1).allows("tree")
