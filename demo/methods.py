@@ -35,11 +35,9 @@ from loraloop.lora.config import LoraTrainerConfig, TrainOptions
 from loraloop.project import Project
 from loraloop.training_data import METHODS, Method
 
-MAX_COMMANDS = 8
+MAX_COMMANDS = 6
 """Of every player; an expert needs three for most goals of one level."""
-BLIND_PLAYS = 2
-"""Recordings of the blind player for each goal."""
-LIMITS = PlayLimits(max_turns=MAX_COMMANDS, max_turn_tokens=32, max_tokens=400)
+LIMITS = PlayLimits(max_turns=MAX_COMMANDS, max_turn_tokens=24, max_tokens=300)
 console = Console(highlight=False)
 
 
@@ -55,10 +53,10 @@ class Recipe:
 
 
 RECIPES: dict[Method, Recipe] = {
-    "sft": Recipe(6e-4, 2, TrainOptions(), {}),
-    "weighted": Recipe(6e-4, 2, TrainOptions(), {}),
-    "dpo": Recipe(2e-4, 2, TrainOptions(beta=0.05), {}),
-    "kto": Recipe(3e-4, 2, TrainOptions(beta=0.05, undesirable_weight=0.5), {}),
+    "sft": Recipe(6e-4, 1, TrainOptions(), {}),
+    "weighted": Recipe(6e-4, 1, TrainOptions(), {}),
+    "dpo": Recipe(6e-4, 1, TrainOptions(beta=0.05), {}),
+    "kto": Recipe(6e-4, 1, TrainOptions(beta=0.05), {}),
 }
 
 
@@ -80,10 +78,14 @@ def main() -> None:
     )
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="which to train (all)")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of goals, recordings and training (0 1 2)")
-    parser.add_argument("--held-out", type=int, default=40, help="goals to play that are never trained on (40)")
+    parser.add_argument("--held-out", type=int, default=30, help="goals to play that are never trained on (30)")
     parser.add_argument("--directory", type=Path, default=Path("demo-run") / "methods", help="where everything goes (demo-run/methods)")
     parser.add_argument("--json", type=Path, help="write the results there, after every run")
+    parser.add_argument("--table", nargs="+", type=Path, help="run nothing: the table of results that --json wrote")
     arguments = parser.parse_args()
+    if arguments.table:
+        show([Result(**entry) for path in arguments.table for entry in json.loads(path.read_bytes())])
+        return
     tune_process()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # its own deprecations, not ours
     base = resolve_base(str(find_smollm2()), console.print)
@@ -122,11 +124,9 @@ class Bench:
         for task in self.training:
             expert = textcraft.play_expert(environment, task, MAX_COMMANDS)
             entries.append(textcraft.to_tau_bench(task, expert, SYSTEM, trial=0))
-            for trial in range(1, BLIND_PLAYS + 1):
-                chance = random.Random(f"{self.seed}:{trial}:{task.task_id}")
-                blind = textcraft.play_random(environment, task, chance, MAX_COMMANDS)
-                blind.reward = min(1.0, len(expert.turns) / len(blind.turns)) if blind.reward else 0.0
-                entries.append(textcraft.to_tau_bench(task, blind, SYSTEM, trial=trial))
+            blind = textcraft.play_random(environment, task, random.Random(f"{self.seed}:{task.task_id}"), MAX_COMMANDS)
+            blind.reward = min(1.0, len(expert.turns) / len(blind.turns)) if blind.reward else 0.0
+            entries.append(textcraft.to_tau_bench(task, blind, SYSTEM, trial=1))
         return entries
 
     def run(self, method: Method | None) -> Result:
