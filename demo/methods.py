@@ -37,6 +37,8 @@ from loraloop.training_data import METHODS, Method
 
 MAX_COMMANDS = 6
 """Of every player; an expert needs three for most goals of one level."""
+GOOD = 0.6
+"""The least score that is learned from where scores are no weights: a play of at most five commands where the expert took three."""
 LIMITS = PlayLimits(max_turns=MAX_COMMANDS, max_turn_tokens=24, max_tokens=300)
 console = Console(highlight=False)
 
@@ -53,10 +55,10 @@ class Recipe:
 
 
 RECIPES: dict[Method, Recipe] = {
-    "sft": Recipe(6e-4, 1, TrainOptions(), {}),
+    "sft": Recipe(6e-4, 1, TrainOptions(), {"min_score": GOOD}),
     "weighted": Recipe(6e-4, 1, TrainOptions(), {}),
-    "dpo": Recipe(6e-4, 1, TrainOptions(beta=0.05), {}),
-    "kto": Recipe(6e-4, 1, TrainOptions(beta=0.05), {}),
+    "dpo": Recipe(6e-4, 1, TrainOptions(beta=0.05), {"min_score": GOOD}),
+    "kto": Recipe(6e-4, 1, TrainOptions(beta=0.05), {"min_score": GOOD}),
 }
 
 
