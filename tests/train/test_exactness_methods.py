@@ -6,6 +6,7 @@ import copy
 import functools
 import random
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from loraloop.train.dense import DenseEngine
 from loraloop.train.engine import Plan
 from loraloop.train.objectives import Desirability, Engine, Likelihood, Objective, Preference, put_elsewhere
 from loraloop.train.reference import Reference, open_reference
+from loraloop.train.tree import build_tree
 
 LIMIT = 1e-12
 BETA = 0.3
@@ -157,7 +159,8 @@ def objective(case: str, engine: Engine, units: list[Unit], tmp_path: Any) -> Ob
 @pytest.mark.parametrize("name", NAMES)
 def test_gradient_of_the_tree_engine_is_that_of_the_definition(name: str, case: str, tmp_path: Any) -> None:
     units = CASES[case][0]()
-    for number, plan in enumerate(PLANS):
+    whole = [replace(plan, whole_rows=1000) for plan in PLANS if plan.block_rows == 4]
+    for number, plan in enumerate([*PLANS, *whole, Plan(4, whole_rows=20)]):
         engine = twins(name).engine(plan)
         goal = objective(case, engine, units, tmp_path / str(number))
         found = take_gradient(twins(name).fused, lambda goal=goal, engine=engine: goal.backward(engine, units, 0).loss)
@@ -179,6 +182,20 @@ def test_gradient_of_the_dense_engine_is_that_of_the_definition(name: str, case:
 
 def flat(units: Sequence[Unit]) -> list[Row]:
     return [row for unit in units for row in unit.rows]
+
+
+@pytest.mark.parametrize("case", ["dpo, sigmoid", "kto"])
+def test_what_fits_as_a_whole_goes_forward_once(case: str, tmp_path: Any) -> None:
+    units = CASES[case][0]()
+    held, walked = (twins("llama").engine(Plan(4, whole_rows=rows)) for rows in (1000, 0))
+    goal = objective(case, held, units, tmp_path)
+    n_rows = build_tree(goal.list_rows(units)).n_rows
+    assert goal.backward(held, units, 0).n_computed == n_rows
+    again = build_tree(flat(units)).n_rows
+    assert goal.backward(walked, units, 0).n_computed == n_rows + again
+    assert (again < n_rows) == (case == "kto"), "other answers are not computed a second time"
+    limit = twins("llama").engine(Plan(4, whole_rows=n_rows)), twins("llama").engine(Plan(4, whole_rows=n_rows - 1))
+    assert [goal.backward(engine, units, 0).n_computed for engine in limit] == [n_rows, n_rows + again]
 
 
 def test_with_all_weights_1_weighted_is_sft_bit_for_bit() -> None:

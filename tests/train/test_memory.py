@@ -99,7 +99,11 @@ def peak_bytes(both: Twins, samples: list[Row], plan: Plan) -> int:
 
     both.fused.zero_grad(set_to_none=True)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        both.engine(plan, choose_arithmetic(both.architecture.dtype)[0]).backward(samples)
+        engine = both.engine(plan, choose_arithmetic(both.architecture.dtype)[0])
+        if plan.whole_rows:
+            engine.add_gradient_by(samples, lambda losses: [1 / len(losses)] * len(losses))
+        else:
+            engine.backward(samples)
     held = peak = 0
     for event in sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
         if event.name() == "[memory]":
@@ -142,6 +146,21 @@ def test_the_estimate_is_above_what_is_taken_and_not_far(other: Twins, keep: Kee
         taken, need = peak_bytes(other, samples, plan), estimate(other.architecture, plan, longest, largest).total
         assert taken <= 1.05 * need
         assert need <= taken * 3
+
+
+def test_the_largest_tree_that_is_held_as_a_whole_fits_the_limit_and_a_larger_one_is_not(both: Twins) -> None:
+    samples = rows(6, 400, shared=100)
+    n_rows, logical = 100 + 6 * 300 - 6, 6 * 400  # the last token of a sample is no input
+    held = estimate(both.architecture, Plan(n_rows), n_rows, n_rows).total
+    for share, fits in ((1.02, True), (0.9, False)):
+        plan, _ = make_plan(both.architecture, Load(400, logical), resident_bytes() + (64 << 20) + int(held * share))
+        assert (plan.whole_rows >= n_rows) == fits
+        assert plan.whole_rows <= logical
+    taken = peak_bytes(both, samples, Plan(64, whole_rows=n_rows))
+    assert taken <= 1.05 * held
+    assert held <= taken * 3
+    assert taken > 1.2 * peak_bytes(both, samples, Plan(64)), "a tree that is held takes more than one that is walked"
+    assert taken > 1.2 * peak_bytes(both, samples, Plan(64, whole_rows=n_rows - 1))
 
 
 def test_the_peak_of_a_process_is_its_own_and_not_that_of_the_one_that_started_it() -> None:

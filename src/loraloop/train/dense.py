@@ -6,7 +6,7 @@ over all of it, however it is cut into micro-batches.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -51,7 +51,7 @@ class DenseEngine:
         """
         import torch
 
-        self.model.train(step is not None)
+        self._set_mode(dropout=step is not None)
         losses = np.zeros(len(rows))
         for numbers in micro_batches(rows, self.batch_size):
             parts = _losses(self.model, [rows[number] for number in numbers])
@@ -59,6 +59,26 @@ class DenseEngine:
             (parts * factors).sum().backward()  # type: ignore[no-untyped-call]
             losses[numbers] = parts.detach().cpu().numpy()
         self.n_computed = sum(len(row.ids) for row in rows)
+        return losses
+
+    def _set_mode(self, *, dropout: bool) -> None:
+        """Transformers recomputes activations in training mode only, so with that there is none but for dropout."""
+        recomputes = getattr(self.model, "is_gradient_checkpointing", False)
+        self.model.train(dropout or recomputes)
+        for module in self.model.modules():
+            if not dropout and type(module).__name__ == "Dropout":
+                module.eval()
+
+    def add_gradient_by(self, rows: Sequence[Row], choose: Callable[[Floats], Sequence[float]]) -> Floats:
+        """`add_gradient`, without dropout, with the coefficients that `choose` gives when it is told each row's loss.
+
+        Rows are computed a second time, then without those whose coefficient is 0.
+        """
+        losses = self.measure(rows)
+        n_computed = self.n_computed
+        counted = [(row, coefficient) for row, coefficient in zip(rows, choose(losses), strict=True) if coefficient]
+        self.add_gradient([row for row, _ in counted], [coefficient for _, coefficient in counted])
+        self.n_computed += n_computed
         return losses
 
     def measure(self, rows: Sequence[Row], *, adapter: bool = True) -> Floats:

@@ -9,7 +9,7 @@ forward and backward pass.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -34,6 +34,8 @@ class Plan:
     keep: Keep = Keep.PRODUCTS
     path_rows: int = 0
     """Rows of a path, and of a block at its end, to take memory for at once; more is taken when a tree needs it."""
+    whole_rows: int = 0
+    """Rows of the largest tree that may be one block where losses decide what the gradient is of; a larger one is walked twice."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +53,6 @@ class _Walk:
 
     tree: TokenTree
     stacks: list[Stack]
-    coefficients: Floats | None
-    """Of every sample's loss in what the gradient is of; None without gradients."""
     losses: torch.Tensor  # (samples,) float64, the sum of w * nll of each
     draw: tuple[int, int] | None
     """Draws the dropout; None is without."""
@@ -87,31 +87,70 @@ class TreeEngine:
         return self._walk(build_tree(rows), np.asarray(coefficients, np.float64), None if step is None else (self.seed, step))
 
     @torch.no_grad()
+    def add_gradient_by(self, rows: Sequence[Row], choose: Callable[[Floats], Sequence[float]]) -> Floats:
+        """`add_gradient`, without dropout, with the coefficients that `choose` gives when it is told each row's loss.
+
+        A tree of at most `whole_rows` rows goes forward once, as one block that is held meanwhile; a larger one a second time, then
+        without the rows whose coefficient is 0.
+        """
+        tree = build_tree(rows)
+        if not 0 < tree.n_rows <= self.plan.whole_rows:
+            losses = self._walk(tree, None, None)
+            counted = [(row, coefficient) for row, coefficient in zip(rows, choose(losses), strict=True) if coefficient]
+            self.add_gradient([row for row, _ in counted], [coefficient for _, coefficient in counted])
+            self.n_computed += tree.n_rows
+            return losses
+        walk = self._begin(tree, tree.n_rows, None)
+        block = list_visits(tree, tree.n_rows)[0].block  # all siblings of the root fit
+        call, saved, x = self._forward(block, walk)
+        self._head(x, Targets.of(tree, block, None), walk.losses)
+        losses = walk.losses.numpy().copy()
+        coefficients = np.asarray(choose(losses), np.float64)
+        d_x = self._head(x, Targets.of(tree, block, coefficients), walk.losses)
+        if d_x is not None:
+            walk.entered.append(_Entered(call, saved, d_x))
+            self._leave(walk)
+        self._collect()
+        self.n_computed = tree.n_rows
+        return losses
+
+    @torch.no_grad()
     def measure(self, rows: Sequence[Row], *, adapter: bool = True) -> Floats:
         """Each row's loss, the sum of w * nll of its tokens, without dropout and gradients; without the `adapter`, the base model's."""
         return self._walk(build_tree(rows), None, None, adapter=adapter)
 
     def _walk(self, tree: TokenTree, coefficients: Floats | None, draw: tuple[int, int] | None, *, adapter: bool = True) -> Floats:
         """Each sample's loss; with coefficients, the gradient too."""
-        for linear in self.architecture.linears:
-            linear.refresh(adapter=adapter)
         visits = list_visits(tree, self.plan.block_rows)
         room = max((visit.block.depth + visit.block.n_rows for visit in visits), default=0)
-        walk = _Walk(tree, self._take_stacks(room), coefficients, torch.zeros(tree.n_samples, dtype=torch.float64), draw)
+        walk = self._begin(tree, room, draw, adapter=adapter)
         for visit in visits:
             if visit.forward:
-                self._enter(visit.block, walk)
+                call, saved, x = self._forward(visit.block, walk)
+                d_x = self._head(x, Targets.of(tree, visit.block, coefficients), walk.losses)
+                if d_x is not None:
+                    walk.entered.append(_Entered(call, saved, d_x))
             elif coefficients is not None:
                 self._leave(walk)
         if coefficients is not None:
-            for linear in self.architecture.linears:
-                linear.collect()
+            self._collect()
         self.n_computed = tree.n_rows
         losses: Floats = walk.losses.numpy()
         return losses
 
-    def _enter(self, block: Block, walk: _Walk) -> None:
-        """Forward through all layers, then the head's loss and gradient."""
+    def _begin(self, tree: TokenTree, room: int, draw: tuple[int, int] | None, *, adapter: bool = True) -> _Walk:
+        """A walk over `tree` that holds `room` rows at one time."""
+        for linear in self.architecture.linears:
+            linear.refresh(adapter=adapter)
+        return _Walk(tree, self._take_stacks(room), torch.zeros(tree.n_samples, dtype=torch.float64), draw)
+
+    def _collect(self) -> None:
+        """Hand the gradients of a walk over to PEFT's parameters."""
+        for linear in self.architecture.linears:
+            linear.collect()
+
+    def _forward(self, block: Block, walk: _Walk) -> tuple[Call, list[LayerSaved], torch.Tensor]:
+        """Forward through all layers; gives what the way back needs, and the last layer's output."""
         tree = walk.tree
         call = self._call(tree, block, walk.draw)
         saved: list[LayerSaved] = []
@@ -124,9 +163,7 @@ class TreeEngine:
             saved.append(layer.forward(x, call, stack, out))
             stack.gradients[call.here].zero_()
             x = out
-        d_x = self._head(x, Targets.of(tree, block, walk.coefficients), walk.losses)
-        if d_x is not None:
-            walk.entered.append(_Entered(call, saved, d_x))
+        return call, saved, x
 
     def _take_stacks(self, room: int) -> list[Stack]:
         """A stack for each layer with places for `room` rows: those of the last walk if they are large enough."""

@@ -76,7 +76,9 @@ def make_plan(architecture: Architecture, load: Load, max_memory: int | None) ->
     for plan in _OPTIONS:
         need = estimate(architecture, plan, longest, largest)
         if limit is None or used + need.total <= limit:
-            return replace(plan, path_rows=_held_rows(plan, longest, largest)), _describe(plan, used + need.total, limit, longest)
+            whole = _whole_rows(architecture, plan, largest, None if limit is None else limit - used)
+            made = replace(plan, path_rows=_held_rows(plan, longest, largest), whole_rows=whole)
+            return made, _describe(plan, used + need.total, limit, longest)
     parts = f"{_mb(used)} for the model, {_mb(need.path)} for the row, {_mb(need.block)} for a block of {plan.block_rows} tokens"
     raise LoraTrainerError(
         f"the longest row has {longest} tokens and needs {_mb(used + need.total)} ({parts}, {_mb(need.head)} for the head), "
@@ -101,6 +103,16 @@ def estimate(architecture: Architecture, plan: Plan, longest: int, largest: int)
         head=HEAD_ROWS * vocabulary * (element + 2 * max(element, 4)),
         optimizer=3 * trained,  # gradient and two moments
     )
+
+
+def _whole_rows(architecture: Architecture, plan: Plan, largest: int, room: int | None) -> int:
+    """Rows of the largest tree that fits into `room` bytes as one block, no more than `largest`; found by halving."""
+    low, high = 0, largest + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        fits = room is None or estimate(architecture, replace(plan, block_rows=middle), middle, middle).total <= room
+        low, high = (middle, high) if fits else (low, middle)
+    return low
 
 
 def _held_rows(plan: Plan, longest: int, largest: int) -> int:

@@ -1,9 +1,9 @@
 """What a step minimises, method by method, and its gradient through an engine that knows likelihoods only.
 
 Every loss here is a function of the rows' summed log-probabilities, so its gradient is a coefficient a row, and any engine that can
-sum nll over rows with coefficients computes it. Likelihood knows its coefficients beforehand and takes one pass. Preference and
-Desirability know them when all log-probabilities of the step are known: one pass without gradients finds them, a second one goes
-backward. So a step of pairs holds no more in memory than one of single samples.
+sum nll over rows with coefficients computes it. Likelihood knows its coefficients beforehand. Preference and Desirability know them
+when all log-probabilities of the step are known: an engine holds what it has computed until then where there is memory for it, and
+computes it a second time where there is not. So a step of pairs needs no more memory than one of single samples.
 
 The reference of dpo and kto is the base model, which is the model with its adapter off.
 """
@@ -11,7 +11,7 @@ The reference of dpo and kto is the base model, which is the model with its adap
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -36,6 +36,10 @@ class Engine(Protocol):
 
         `step` draws the dropout; None is without.
         """
+        ...
+
+    def add_gradient_by(self, rows: Sequence[Row], choose: Callable[[Floats], Sequence[float]]) -> Floats:
+        """`add_gradient`, without dropout, with the coefficients that `choose` gives when it is told each row's loss."""
         ...
 
     def measure(self, rows: Sequence[Row], *, adapter: bool = True) -> Floats:
@@ -109,19 +113,11 @@ class Preference:
     loss: PreferenceLoss = "sigmoid"
 
     def backward(self, engine: Engine, units: Sequence[Unit], step: int) -> Measure:
-        """Two passes: for the log-probabilities, then for the gradient."""
-        rows = self.list_rows(units)
-        losses = engine.measure(rows)
-        n_computed = engine.n_computed
-        values, slopes, gains = self._values(units, losses)
-        shares = _weights(units)
-        coefficients = []
-        for unit, slope, share in zip(units, slopes, shares, strict=True):
-            better, worse = self._lengths(unit)
-            # a gain is a fall of nll, so the better side's nll has the opposite sign of h
-            coefficients += [-slope * share / better] * len(unit.better) + [slope * share / worse] * len(unit.worse)
-        engine.add_gradient(rows, coefficients, step)
-        return self._measured(values, gains, shares, n_computed + engine.n_computed)
+        """The log-probabilities of all rows decide on their coefficients."""
+        del step  # there is no dropout to draw
+        losses = engine.add_gradient_by(self.list_rows(units), lambda losses: self._coefficients(units, losses))
+        values, _, gains = self._values(units, losses)
+        return self._measured(values, gains, _weights(units), engine.n_computed)
 
     def measure(self, engine: Engine, units: Sequence[Unit]) -> Measure:
         """The same loss without gradients."""
@@ -131,6 +127,16 @@ class Preference:
     def list_rows(self, units: Sequence[Unit]) -> list[Row]:
         """Both sides of all pairs."""
         return [row for unit in units for row in unit.rows]
+
+    def _coefficients(self, units: Sequence[Unit], losses: Floats) -> list[float]:
+        """Of every row's nll in the gradient."""
+        _, slopes, _ = self._values(units, losses)
+        coefficients: list[float] = []
+        for unit, slope, share in zip(units, slopes, _weights(units), strict=True):
+            better, worse = self._lengths(unit)
+            # a gain is a fall of nll, so the better side's nll has the opposite sign of h
+            coefficients += [-slope * share / better] * len(unit.better) + [slope * share / worse] * len(unit.worse)
+        return coefficients
 
     def _values(self, units: Sequence[Unit], losses: Floats) -> tuple[Floats, Floats, Floats]:
         """(pairs,) loss, its derivative by h, and beta * h, from the nll of all rows."""
@@ -173,19 +179,16 @@ class Desirability:
     undesirable_weight: float = 1.0
 
     def backward(self, engine: Engine, units: Sequence[Unit], step: int) -> Measure:
-        """Two passes: for the log-probabilities, those of other answers among them, then for the gradient."""
-        ratios, z = self._ratios(engine, units)
-        n_computed = engine.n_computed
-        values, slopes = self._values(units, ratios, z)
-        rows = [row for unit in units for row in unit.rows]
-        shares = _weights(units)
-        by_unit = zip(units, -slopes * shares, strict=True)  # the nll falls where the ratio rises
-        engine.add_gradient(rows, [coefficient for unit, coefficient in by_unit for _ in unit.rows], step)
-        return self._measured(units, values, self.beta * (ratios - z), n_computed + engine.n_computed)
+        """The log-probabilities of all rows, other answers among them, decide on the coefficients; those of other answers are 0."""
+        del step  # there is no dropout to draw
+        losses = engine.add_gradient_by(self.list_rows(units), lambda losses: self._coefficients(units, losses))
+        ratios, z = self._ratios(units, losses)
+        values, _ = self._values(units, ratios, z)
+        return self._measured(units, values, self.beta * (ratios - z), engine.n_computed)
 
     def measure(self, engine: Engine, units: Sequence[Unit]) -> Measure:
         """The same loss without gradients."""
-        ratios, z = self._ratios(engine, units)
+        ratios, z = self._ratios(units, engine.measure(self.list_rows(units)))
         return self._measured(units, self._values(units, ratios, z)[0], self.beta * (ratios - z), engine.n_computed)
 
     def list_rows(self, units: Sequence[Unit]) -> list[Row]:
@@ -193,10 +196,16 @@ class Desirability:
         rows = [row for unit in units for row in unit.rows]
         return rows + [self.elsewhere[unit.sample_number] for unit in units if unit.sample_number in self.elsewhere]
 
-    def _ratios(self, engine: Engine, units: Sequence[Unit]) -> tuple[Floats, float]:
+    def _coefficients(self, units: Sequence[Unit], losses: Floats) -> list[float]:
+        """Of every row's nll in the gradient."""
+        _, slopes = self._values(units, *self._ratios(units, losses))
+        by_unit = zip(units, -slopes * _weights(units), strict=True)  # the nll falls where the ratio rises
+        coefficients = [coefficient for unit, coefficient in by_unit for _ in unit.rows]
+        return coefficients + [0.0] * (len(losses) - len(coefficients))
+
+    def _ratios(self, units: Sequence[Unit], losses: Floats) -> tuple[Floats, float]:
         """(samples,) log-probability ratios, and z."""
-        rows = self.list_rows(units)
-        gained = self.reference.of(rows) - engine.measure(rows)
+        gained = self.reference.of(self.list_rows(units)) - losses
         ends = np.cumsum([len(unit.rows) for unit in units])
         ratios = np.array([part.sum() for part in np.split(gained[: ends[-1]], ends[:-1])])
         others = gained[ends[-1] :]
