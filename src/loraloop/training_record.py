@@ -114,7 +114,8 @@ class TrainingRecord(Frozen):
     held_out_loss_before: float | None
     held_out_loss_after: float | None
     held_out_accuracy_before: float | None = None
-    """dpo and kto: the share of held-out pairs or samples that the model is right about; before training it prefers nothing."""
+    """dpo and kto: the share of held-out pairs or samples that the model is right about; before training it
+    prefers nothing, which counts as half."""
     held_out_accuracy_after: float | None = None
     held_out_rows: int
     loss_history: list[tuple[int, float]]

@@ -104,7 +104,7 @@ def _show_trained(model: TrainedModel) -> None:
     seconds = f"{metrics.training_time_secs:.0f} s" if metrics and metrics.training_time_secs is not None else "-"
     rows = [[str(model.id), model.method, str(model.sample_count), loss, held_out, seconds]]
     show_table("", ["model", "method", "samples", "final loss", "held-out loss", "time"], rows)
-    accuracy = metrics.held_out_accuracy_after if metrics else None
-    if accuracy is not None:
-        write_line(f"right about {accuracy:.0%} of what is held out, by its rewards")
+    if metrics and metrics.held_out_accuracy_before is not None and metrics.held_out_accuracy_after is not None:
+        shares = f"{metrics.held_out_accuracy_before:.0%} -> {metrics.held_out_accuracy_after:.0%}"
+        write_line(f"right about {shares} of what is held out, by its rewards; half is chance")
     write_line(f"the adapter is in {model.adapter_path}")

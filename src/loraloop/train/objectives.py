@@ -23,6 +23,9 @@ from loraloop.train.arguments import PreferenceLoss
 from loraloop.train.reference import Reference
 from loraloop.train.tree import Floats
 
+EVEN = 1e-4
+"""Nats that rounding alone may put between a fresh adapter and its reference: so little is no preference."""
+
 
 class Engine(Protocol):
     """Computes losses and gradients of rows for the adapter of one model."""
@@ -56,7 +59,7 @@ class Measure:
     """Tokens computed for it."""
     accuracy: float | None = None
     """dpo: the share of pairs whose better side has gained more than the worse one, against the reference. kto: the share of samples
-    that have gained more than other answers, where they are desirable, or less, where they are not."""
+    that have gained more than other answers, where they are desirable, or less, where they are not. What is even counts as half."""
     margin: float | None = None
     """dpo: mean reward of the better side less that of the worse. kto: the same of desirable and undesirable samples. In nats, times
     beta."""
@@ -159,7 +162,8 @@ class Preference:
         return better, worse
 
     def _measured(self, values: Floats, gains: Floats, shares: Floats, n_computed: int) -> Measure:
-        return Measure(float(values @ shares), n_computed, accuracy=float((gains > 0) @ shares), margin=float(gains @ shares))
+        accuracy = _share_above(gains, self.beta * EVEN, shares)
+        return Measure(float(values @ shares), n_computed, accuracy=accuracy, margin=float(gains @ shares))
 
 
 @dataclass(frozen=True)
@@ -209,7 +213,7 @@ class Desirability:
         ends = np.cumsum([len(unit.rows) for unit in units])
         ratios = np.array([part.sum() for part in np.split(gained[: ends[-1]], ends[:-1])])
         others = gained[ends[-1] :]
-        return ratios, max(0.0, float(others.mean())) if len(others) else 0.0
+        return ratios, float(np.maximum(0.0, others.mean())) if len(others) else 0.0  # what is not a number stays none
 
     def _values(self, units: Sequence[Unit], ratios: Floats, z: float) -> tuple[Floats, Floats]:
         """(samples,) loss, and its derivative by the ratio."""
@@ -225,8 +229,8 @@ class Desirability:
         if desirable.any() and not desirable.all():
             of_kind = [shares * kind for kind in (desirable, ~desirable)]
             margin = float(gains @ of_kind[0] / of_kind[0].sum() - gains @ of_kind[1] / of_kind[1].sum())
-        right = np.where(desirable, gains > 0, gains < 0)
-        return Measure(float(values @ shares), n_computed, accuracy=float(right @ shares), margin=margin)
+        accuracy = _share_above(np.where(desirable, gains, -gains), self.beta * EVEN, shares)
+        return Measure(float(values @ shares), n_computed, accuracy=accuracy, margin=margin)
 
 
 def put_elsewhere(units: Sequence[Unit], max_length: int) -> dict[int, Row]:
@@ -235,20 +239,19 @@ def put_elsewhere(units: Sequence[Unit], max_length: int) -> dict[int, Row]:
     The prompt is what precedes the first supervised token. The other is the next in the file, so neither the order of training nor
     its batches change it. Cut off at `max_length` tokens.
     """
+    rows = [unit.rows[0] for unit in units]
+    starts = [_first_supervised(row) for row in rows]
     found: dict[int, Row] = {}
-    for number, unit in enumerate(units):
-        own = unit.rows[0]
-        start = _first_supervised(own)
-        for step in range(1, len(units)):
-            other = units[(number + step) % len(units)].rows[0]
-            begin = _first_supervised(other)
-            if other.ids[:begin] == own.ids[:start]:
-                continue
+    after: int | None = None  # the next that begins otherwise; from the end of the file, twice: the next of its last ones come first
+    for number in reversed(range(2 * len(units))):
+        here, behind = number % len(units), (number + 1) % len(units)
+        if rows[here].ids[: starts[here]] != rows[behind].ids[: starts[behind]]:
+            after = behind
+        if after is not None and number < len(units):
+            own, start, other, begin = rows[here], starts[here], rows[after], starts[after]
             ids = (own.ids[:start] + other.ids[begin:])[:max_length]
             weights = ([0.0] * start + other.weights[begin:])[:max_length]
-            if any(weights):
-                found[unit.sample_number] = Row(ids=ids, weights=weights, text="", sample_number=unit.sample_number)
-                break
+            found[units[here].sample_number] = Row(ids=ids, weights=weights, text="", sample_number=units[here].sample_number)
     return found
 
 
@@ -267,6 +270,11 @@ def _weights(units: Sequence[Unit]) -> Floats:
     weights = np.array([unit.weight for unit in units])
     shares: Floats = weights / weights.sum()
     return shares
+
+
+def _share_above(gains: Floats, even: float, shares: Floats) -> float:
+    """The share of `gains` above 0, those that are `even` at most counted as half."""
+    return float(np.where(np.abs(gains) <= even, 0.5, gains > 0) @ shares)
 
 
 def _sigmoid(x: Floats) -> Floats:

@@ -97,7 +97,7 @@ def _load(path: Path, n: int) -> list[float] | None:
     """`n` numbers, or None when the file is not there or is not what was written."""
     try:
         found = json.loads(path.read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     is_whole = isinstance(found, list) and len(found) == n and all(isinstance(value, float) and np.isfinite(value) for value in found)
     return found if is_whole else None
