@@ -227,6 +227,12 @@ def test_a_pair_of_which_a_turn_does_not_fit_is_refused_whole() -> None:
     assert [refusal.episode_id for refusal in made.refusals] == ["bad-1"]
 
 
+def test_a_pair_whose_sides_are_the_same_tokens_is_refused() -> None:
+    made = build_units([pair("yes"), pair("no", number=2)], template(), 120, method="dpo")
+    assert [unit.sample_number for unit in made.units] == [2]
+    assert [(refusal.reason, refusal.episode_id) for refusal in made.refusals] == [("pair_identical", "good-1")]
+
+
 def test_a_long_kto_sample_is_one_unit_of_several_rows() -> None:
     words = [letter * 40 for letter in "abcdef"]
     good = TrainingData(kind="kto", desirable=True, messages=tuple(turns(*words)))

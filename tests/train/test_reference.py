@@ -59,8 +59,8 @@ def test_other_rows_weights_or_bases_are_measured_anew(tmp_path: Path) -> None:
     last = ROWS[-2]
     others = [
         ([*ROWS, make_row([1, 2, 3])], "a base"),
-        ([*ROWS[1:-2], replace(last, weights=[*last.weights[:-1], 0.25])], "a base"),
-        ([*ROWS[1:-2], replace(last, ids=[*last.ids[:-1], last.ids[-1] + 1])], "a base"),
+        ([*ROWS[:-2], replace(last, weights=[*last.weights[:-1], 0.25])], "a base"),
+        ([*ROWS[:-2], replace(last, ids=[*last.ids[:-1], last.ids[-1] + 1])], "a base"),
         (ROWS, "another base"),
     ]
     for rows, origin in others:

@@ -14,6 +14,7 @@ import torch
 from train.tree_cases import SHAPES, random_rows, units_of
 from train.tree_models import CONFIGS, NAMES, Twins, make_arguments, make_twins
 
+from loraloop.chat.rows import Unit
 from loraloop.errors import LoraTrainerError
 from loraloop.train import engine
 from loraloop.train.__main__ import main
@@ -90,6 +91,13 @@ def test_what_is_not_a_number_is_stopped() -> None:
     both.architecture.layers[0].mlp.norm.weight[0] = torch.nan
     with pytest.raises(LoraTrainerError, match="nan"):
         messages(both)
+
+
+def test_a_pair_whose_sides_are_nearly_the_same_is_no_fault_of_the_engine() -> None:
+    """Their gradients must not cancel out, so that rounding is all that is compared."""
+    both, heard = make_twins(CONFIGS["llama"](), torch.float32), []
+    verify(both.fused, both.engine(), [Unit((ROWS[0], ROWS[0]), 1)], make_arguments(method="dpo"), heard.append)
+    assert str(heard[0].message).startswith("verified on the 1 samples")
 
 
 def test_the_dense_engine_has_nothing_to_be_compared_with() -> None:

@@ -160,6 +160,9 @@ def _render_sample(sample: TrainingData, number: int, rendered: Sequence[Rendere
         refusals += refused
     if not all(sides):
         return [], refusals
+    if sample.kind == "dpo" and [(row.ids, row.weights) for row in sides[0]] == [(row.ids, row.weights) for row in sides[1]]:
+        detail = f"sample {number}: both sides are the same tokens, so there is nothing to prefer"
+        return [], [Refusal(episode_id=sample.episode_id, reason="pair_identical", detail=detail)]
     ids = tuple(str(episode_id) for episode_id in sample.episode_ids)
     if sample.kind in ("sft", "weighted"):
         return [Unit((row,), int(sample.weight > 0), sample.weight, number, ids) for row in sides[0]], refusals

@@ -66,18 +66,30 @@ class Data:
     def load(self, window: int) -> Load:
         """What is computed at once, with `window` units in a step."""
         steps, measured = (
-            [[*unit.rows, *([others[unit.sample_number]] if unit.sample_number in others else [])] for unit in part]
+            [_list_rows(unit, others) for unit in part]
             for part, others in ((self.units, self.elsewhere), (self.measured, self.measured_elsewhere))
         )
         return Load.of(steps, window, [row for rows in measured for row in rows])
 
 
+def _list_rows(unit: Unit, elsewhere: dict[int, Row]) -> list[Row]:
+    """The rows of a unit, and its prompt with another answer where there is one."""
+    return [*unit.rows, *([elsewhere[unit.sample_number]] if unit.sample_number in elsewhere else [])]
+
+
+def _list_used(units: Sequence[Unit], arguments: TrainArguments) -> list[Unit]:
+    """The units that a training comes to before its last step, which may be long before it has seen all."""
+    settings = loop_settings(arguments)
+    windows = loop.windows(len(units), settings, loop.count_steps(len(units), settings))
+    return [units[index] for index in sorted({index for _, window in windows for index in window})]
+
+
 def open_objectives(engine: Engine, data: Data, arguments: TrainArguments, base_sha256: str, emit: Emit) -> tuple[Objective, Objective]:
-    """What to train, and the same to measure on held-out tasks; for dpo and kto the base model measures every row first."""
+    """What to train, and the same to measure on held-out tasks; for dpo and kto the base model measures their rows first."""
     if arguments.method in ("sft", "weighted"):
         return Likelihood(), Likelihood()
-    both = (data.units, data.elsewhere), (data.measured, data.measured_elsewhere)
-    rows = [row for units, others in both for row in (*(row for unit in units for row in unit.rows), *others.values())]
+    both = (_list_used(data.units, arguments), data.elsewhere), (data.measured, data.measured_elsewhere)
+    rows = [row for units, others in both for unit in units for row in _list_rows(unit, others)]
     window = arguments.batch_size * arguments.grad_accum
     origin = f"{base_sha256} {_describe_numbers(engine)}"
     cache = cache_directory() / "reference"
@@ -86,6 +98,9 @@ def open_objectives(engine: Engine, data: Data, arguments: TrainArguments, base_
         preference = Preference(reference, arguments.beta, arguments.loss)
         return preference, preference
     _warn_of_balance(data.units, arguments, emit)
+    if not data.elsewhere:
+        message = "all samples begin alike: kto has no answers to other prompts to compare with, and takes their gain (z) as 0"
+        emit(TrainingEvent(event="warning", message=message))
     weights = (arguments.beta, arguments.desirable_weight, arguments.undesirable_weight)
     return Desirability(reference, data.elsewhere, *weights), Desirability(reference, data.measured_elsewhere, *weights)
 
@@ -141,7 +156,8 @@ def verify(model: Any, engine: Engine, units: Sequence[Unit], arguments: TrainAr
     batch = [units[index] for index in window]
     rows = [row for unit in batch for row in unit.rows]
     share = 1 / sum(sum(row.weights[1:]) for row in rows)
-    coefficients = [sign * share for unit in batch for side, sign in ((unit.better, 1), (unit.worse, -1)) for _ in side]
+    # the two sides of a pair must not cancel out: rounding would be all that is left of it
+    coefficients = [sign * share for unit in batch for side, sign in ((unit.better, 1.0), (unit.worse, -0.5)) for _ in side]
     model.eval()  # without dropout, which the two draw differently
     dense = DenseEngine(model, 1)
     with _speaking(engine):

@@ -132,22 +132,29 @@ def _without_noise(arguments: TrainArguments, emit: Emit) -> TrainArguments:
 def _read(arguments: TrainArguments, base: base_model.BaseModel, emit: Emit) -> tuple[UnitSet, list[Unit]]:
     """What to train on, told before anything else happens, and what to measure on."""
     samples = read_samples(arguments.data)
-    held_out = read_samples(arguments.held_out) if arguments.held_out else []
+    held_out = read_samples(arguments.held_out) if arguments.held_out else None
     template = ChatTemplate(base_model.load_tokenizer(base))
     made = build_units(samples, template, arguments.max_seq_length, method=arguments.method, long=arguments.long)
     emit(TrainingEvent(event="data", data=made.report))
-    return made, spread(_held_out_units(held_out, template, arguments, emit), arguments.held_out_tokens)
+    return made, _measured_units(held_out, template, arguments, emit) if held_out is not None else []
 
 
-def _held_out_units(samples: list[TrainingData], template: ChatTemplate, arguments: TrainArguments, emit: Emit) -> list[Unit]:
-    """The units to measure on; none, with a warning, when no sample gives one: that is no reason not to train."""
-    if not samples:
-        return []
+def _measured_units(samples: list[TrainingData], template: ChatTemplate, arguments: TrainArguments, emit: Emit) -> list[Unit]:
+    """The units to measure on, and what is left out of them told; none when no sample gives one: that is no reason not to train."""
     try:
-        return build_units(samples, template, arguments.max_seq_length, method=arguments.method, long=arguments.long).units
+        made = build_units(samples, template, arguments.max_seq_length, method=arguments.method, long=arguments.long)
     except EmptyData as error:
         emit(TrainingEvent(event="warning", message=f"nothing is measured on held-out tasks: {error}"))
         return []
+    if made.report.refused:
+        counts = ", ".join(f"{reason} {count}" for reason, count in made.report.refused.items())
+        emit(TrainingEvent(event="warning", message=f"left out of what is held out: {counts}"))
+    units = spread(made.units, arguments.held_out_tokens)
+    if len(units) < len(made.units):
+        noun = {"dpo": "pairs", "kto": "samples"}.get(arguments.method, "rows")
+        limit = f"no more fit into --held-out-tokens {arguments.held_out_tokens}"
+        emit(TrainingEvent(event="note", message=f"measured on {len(units)} of {len(made.units)} held-out {noun}: {limit}"))
+    return units
 
 
 def _describe_process(*, keeps_memory: bool) -> str:
