@@ -87,7 +87,8 @@ def report(
     that a training would stop on this data is a finding.
     """
     manifest = dataset.manifest
-    dropped = {f"{reason} (samples)": count for reason, count in manifest.samples_dropped.items()}
+    # told apart where they are not the episodes over again, such as pairs, or one sample a call
+    dropped = {f"{reason} (samples)": count for reason, count in manifest.samples_dropped.items() if count != manifest.refused.get(reason)}
     subject = Subject(
         dataset=dataset.id,
         method=manifest.method,

@@ -11,9 +11,18 @@ import pytest
 import tiny
 from test_commands import run
 
-from loraloop.cli.report import check_report_options
-from loraloop.dataset import open_dataset
+from loraloop.chat.template import ChatTemplate
+from loraloop.cli.build import show_built
+from loraloop.cli.report import check_report_options, show_findings
+from loraloop.data_report.findings import ReportOptions, Subject, inspect
+from loraloop.dataset import DatasetSettings, freeze, open_dataset
+from loraloop.episode import EpisodeId, Failure, Message, Success
 from loraloop.errors import SettingsError
+from loraloop.learn.conversation import ConversationLearn
+from loraloop.learn.preference import PreferenceLearn
+from loraloop.pipeline import report
+from loraloop.testing import make_episode
+from loraloop.training_data import TrainingData
 
 PLANTED = "AKIA" + "QYLPMN5HHHFPZAM2"
 TOOL = {"type": "function", "function": {"name": "look", "description": "Look.", "parameters": {"type": "object", "properties": {}}}}
@@ -101,3 +110,42 @@ def test_data_that_a_training_would_stop_on_is_an_error_after_the_report(place: 
 def test_options_out_of_range_are_refused(show: int | None, max_seq_length: int, long: str, expected: str) -> None:
     with pytest.raises(SettingsError, match=expected):
         check_report_options(show, max_seq_length, long)
+
+
+def test_a_reason_that_build_and_rendering_both_know_is_told_of_each(capsys: pytest.CaptureFixture[str]) -> None:
+    samples = tuple(TrainingData.sft_simple(f"q{weight}", "a").model_copy(update={"weight": weight}) for weight in (1.0, 0.0))
+    subject = Subject(dataset="d0", method="sft", samples=samples, refused={"weight_zero": 7})
+    show_findings(inspect(subject, ReportOptions(), ("tiny", ChatTemplate(tiny.make_tokenizer(tiny.CHATML)))))
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if "weight_zero" in line]
+    assert [(row[1], row[5]) for row in rows] == [("build", "7"), ("rendering", "1")]
+
+
+def test_names_of_tasks_are_shown_in_one_line_and_with_signs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tags = {"license": "own"}
+    odd = make_episode(task_id="two\nlines \x1b[31mred", metadata={"tags": tags})
+    show_built(freeze([odd], ConversationLearn(), tmp_path))
+    assert "by task: /two lines ␛[31mred 1 (100%)" in capsys.readouterr().out
+
+
+def test_a_directory_is_no_place_for_the_page_and_told_before_anything_is_built(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"is a directory; .*report\.html"):
+        check_report_options(None, 64, "window", tmp_path)
+
+
+def test_samples_left_out_are_told_only_where_they_are_not_the_episodes_over_again(tmp_path: Path) -> None:
+    own = {"tags": {"license": "own"}}
+    twice = [make_episode(id=f"ep-{number}", metadata=own) for number in (1, 2)]
+    found = report(freeze(twice, ConversationLearn(), tmp_path), tmp_path / "page.html")
+    assert found.refused_by_build == {"duplicate": 1}
+    attempts = [
+        make_episode(id=f"ep-{name}", metadata=own, outcome=outcome, messages=[*make_episode().messages[:2], answer(name)])
+        for name, outcome in (("good", Success()), ("bad", Failure()), ("worse", Failure()))
+    ]
+    attempts.append(attempts[0].model_copy(update={"id": EpisodeId("ep-fine"), "messages": (*attempts[0].messages[:2], answer("fine"))}))
+    pairs = freeze(attempts, PreferenceLearn(allow_reuse=True), tmp_path, DatasetSettings(max_per_task=3))
+    assert (pairs.manifest.samples, pairs.manifest.refused) == (3, {})
+    assert report(pairs, tmp_path / "page.html").refused_by_build == {"cap_task (samples)": 1}
+
+
+def answer(text: str) -> Message:
+    return Message(role="assistant", content=text)

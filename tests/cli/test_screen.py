@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from loraloop.cli.screen import DEFAULT_PROJECT, TrainingScreen, show_next, show_table
+from loraloop.cli.screen import DEFAULT_PROJECT, TrainingScreen, show_next, show_table, write_text
 from loraloop.training_record import TrainingEvent
 
 
@@ -14,6 +14,15 @@ from loraloop.training_record import TrainingEvent
 def test_a_cell_shows_recorded_text_as_it_is(text: str, capsys: pytest.CaptureFixture[str]) -> None:
     show_table("", ["task"], [[text]])
     assert text in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", ["\x1b[31mred", "\x07", "\x9b1m", "right\u202eleft", "\ud83d"])
+def test_what_a_terminal_would_act_on_is_a_sign_in_cells_and_in_text(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    show_table("", ["task"], [[f"a{text}b"]])
+    write_text(f"a{text}b\nc")
+    shown = capsys.readouterr().out
+    assert text not in shown
+    assert shown.endswith("b\nc\n")
 
 
 @pytest.mark.parametrize(

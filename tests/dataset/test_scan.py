@@ -117,6 +117,9 @@ def test_a_finding_says_where_it_is_and_of_what_kind() -> None:
     assert scanner.mask(text) == "write to [e-mail address] with [GitHub Token]"
 
 
+FUNCTION = {"name": "log_in", "arguments": "{}"}
+
+
 def places_with(secret: str) -> dict[str, Episode]:
     """An episode for each place that text can be in, by what the place is called."""
     call = {"id": "c", "type": "function", "function": {"name": "log_in", "arguments": json.dumps({"token": secret})}}
@@ -128,6 +131,11 @@ def places_with(secret: str) -> dict[str, Episode]:
             messages=(asked, Message(role="tool", content=secret), Message(role="assistant", content="done"))
         ),
         "turn 1 (assistant), call 0, arguments": episode(messages=(asked, told)),
+        "turn 1 (assistant), call 0, id": episode(
+            messages=(asked, Message.model_validate({"role": "assistant", "tool_calls": [{"id": secret, "function": FUNCTION}]}))
+        ),
+        "turn 1 (assistant), author": episode(messages=(asked, Message(role="assistant", content="done", author=secret))),
+        "turn 1 (tool), id of its call": episode(messages=(asked, Message(role="tool", content="done", tool_call_id=secret))),
         "tool schema 0": episode(tools=(schema,)),
         "record 0 (action), output": episode(records=(ActionRecord(action="log in", output=secret),)),
         "record 0 (llm_call), messages 0 (user), content": episode(

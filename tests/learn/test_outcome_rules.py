@@ -104,6 +104,7 @@ def test_every_learn_model_of_sft_takes_the_settings_that_all_share():
     ("settings", "message"),
     [
         ({"min_score": 1.5}, "min_score=1.5: expected a score within score_range, 0 to 1"),
+        ({"score_range": (-5, -1)}, "min_score=0.0: .*; -5 takes every success"),
         ({"min_score": float("nan")}, "min_score=nan"),
         ({"score_range": (1, 1)}, r"score_range=\(1, 1\): expected a bottom below a top"),
         ({"score_range": (0, float("inf"))}, "score_range"),

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from loraloop.cli.build import show_built
-from loraloop.cli.screen import DEFAULT_PROJECT, JsonOption, ProjectOption, by_reason, show_next, show_table, write_line
+from loraloop.cli.screen import DEFAULT_PROJECT, JsonOption, ProjectOption, by_reason, show_next, show_table, write_line, write_text
 from loraloop.files import json_line
 
 IdArgument = Annotated[str, typer.Argument(metavar="ID", help="The id.", show_default=False)]
@@ -64,12 +64,12 @@ def show_episode(episode_id: IdArgument, project: ProjectOption = DEFAULT_PROJEC
     if as_json:
         write_line(episode.model_dump_json())
         return
-    write_line(f"{episode.id}  task {episode.task_id or '-'}  {episode.outcome}")
+    write_text(f"{episode.id}  task {episode.task_id or '-'}  {episode.outcome}")
     for message in episode.messages:
         calls = " ".join(f"{call.function.name}({call.function.arguments})" for call in message.tool_calls)
-        write_line(f"[{message.role}] {message.content or ''}{' ' + calls if calls else ''}")
+        write_text(f"[{message.role}] {message.content or ''}{' ' + calls if calls else ''}")
     for record in episode.records:
-        write_line(record.model_dump_json(exclude_none=True))
+        write_text(record.model_dump_json(exclude_none=True))
     show_next("loraloop build", project)
 
 
@@ -147,8 +147,8 @@ def _show_object(values: dict[str, object], *, as_json: bool) -> None:
     for name, value in values.items():
         if isinstance(value, dict):
             for key, part in value.items():
-                write_line(f"{name}.{key}: {part}")
+                write_text(f"{name}.{key}: {part}")
         elif isinstance(value, list | tuple) and len(value) > 8:
-            write_line(f"{name}: {len(value)}, the first {value[0]} (all with --json)")
+            write_text(f"{name}: {len(value)}, the first {value[0]} (all with --json)")
         else:
-            write_line(f"{name}: {value}")
+            write_text(f"{name}: {value}")

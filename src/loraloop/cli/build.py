@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from loraloop.cli.report import check_report_options, make_report
-from loraloop.cli.screen import DEFAULT_PROJECT, JsonOption, ProjectOption, by_reason, err, show_next, show_table, write_line
+from loraloop.cli.screen import DEFAULT_PROJECT, JsonOption, ProjectOption, by_reason, err, show_next, show_table, write_line, write_text
+from loraloop.data_report.visible import one_line
 from loraloop.dataset.settings import DatasetSettings
 from loraloop.errors import EmptyData, SettingsError
 from loraloop.files import json_line
@@ -96,7 +97,7 @@ def build(
     pairs = {"min_quality_gap": min_quality_gap, "max_pairs": max_pairs, "allow_reuse": allow_reuse or None, "pairing": pairing}
     told = {"min_score": min_score, "score_range": scale, "include_timeouts": include_timeouts or None, "failure_weight": failure_weight}
     how = {name: value for name, value in (told | pairs).items() if value is not None}
-    check_report_options(show, max_seq_length, long)
+    check_report_options(show, max_seq_length, long, html)
     dataset = _build(project, compose(method, learn_model, how), settings, _episode_filter(scenario, outcome))
     wanted_report = base is not None or show is not None or html is not None
     report = make_report(project, dataset.id, base, html, options=(show, max_seq_length, long)) if wanted_report else None
@@ -118,8 +119,8 @@ def show_built(dataset: Dataset) -> None:
         "", ["dataset", "episodes", "samples to train on", "of them pairs", "held out", "refused"], [[dataset.id, *map(str, counts)]]
     )
     used = f"{manifest.episodes_used} used, {manifest.episodes_held_out} held out, {manifest.episodes_refused} refused"
-    write_line(f"episodes: {used} = {manifest.episodes}")
-    write_line(f"tasks: {manifest.held_out_tasks} of {manifest.tasks} held out, for every later build, too")
+    write_text(f"episodes: {used} = {manifest.episodes}")
+    write_text(f"tasks: {manifest.held_out_tasks} of {manifest.tasks} held out, for every later build, too")
     for what, found in (
         ("refused", manifest.refused),
         ("samples left out again", manifest.samples_dropped),
@@ -128,11 +129,11 @@ def show_built(dataset: Dataset) -> None:
         ("licences, of episodes", manifest.licenses),
     ):
         if found:
-            write_line(f"{what}: {by_reason(found)}")
+            write_text(f"{what}: {by_reason(found)}")
     for division, shares in manifest.balance:
-        largest = ", ".join(f"{one.name} {one.samples} ({one.share:.0%})" for one in shares[:3])
-        write_line(f"by {division}: {largest}{', …' if len(shares) > 3 else ''}")
-    write_line(f"the dataset is in {dataset.path}")
+        largest = ", ".join(f"{one_line(one.name)} {one.samples} ({one.share:.0%})" for one in shares[:3])
+        write_text(f"by {division}: {largest}{', …' if len(shares) > 3 else ''}")
+    write_text(f"the dataset is in {dataset.path}")
     for warning in manifest.warnings:
         err().print(f"warning: {warning}", markup=False)
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from loraloop.cli.screen import DEFAULT_PROJECT, JsonOption, ProjectOption, by_reason, err, show_next, show_table, write_line
+from loraloop.data_report.visible import visible
 from loraloop.files import json_line
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ def ingest(
 def _show_ingested(reports: list[IngestReport], *, as_json: bool) -> None:
     for report in reports:
         for refusal in report.refusals:
-            err().print(f"refused {refusal.reason}: {refusal.detail}", markup=False)
+            err().print(f"refused {refusal.reason}: {visible(refusal.detail)}", markup=False)
         hidden = sum(report.refused.values()) - len(report.refusals)
         if hidden > 0:
             err().print(f"… and {hidden} more in {report.path}", markup=False)

@@ -12,6 +12,7 @@ import typer
 
 from loraloop.chat.length import LONG_POLICIES
 from loraloop.cli.screen import err, show_table
+from loraloop.data_report.visible import visible
 from loraloop.errors import SettingsError
 
 if TYPE_CHECKING:
@@ -52,11 +53,11 @@ class Report:
             show_samples(self.findings, console or Console(highlight=False, width=wide))
         err().print(f"the report is in {self.page}", markup=False)
         if self.findings.failure is not None:
-            err().print(f"Error: a training would stop on this data: {self.findings.failure}", markup=False)
+            err().print(f"Error: a training would stop on this data: {visible(self.findings.failure)}", markup=False)
             raise typer.Exit(1)
 
 
-def check_report_options(show: int | None, max_seq_length: int, long: str) -> None:
+def check_report_options(show: int | None, max_seq_length: int, long: str, html: Path | None = None) -> None:
     """Raises SettingsError for values out of their range, before anything is built."""
     if show is not None and show < 0:
         raise SettingsError(f"--show {show}: expected 0 or more")
@@ -64,6 +65,8 @@ def check_report_options(show: int | None, max_seq_length: int, long: str) -> No
         raise SettingsError(f"--max-seq-length {max_seq_length}: expected at least 16")
     if long not in LONG_POLICIES:
         raise SettingsError(f"--long {long}: expected {', '.join(LONG_POLICIES)}")
+    if html is not None and html.is_dir():
+        raise SettingsError(f"--html {html}: is a directory; expected the name of a file, such as {html / 'report.html'}")
 
 
 def make_report(project: Path, dataset: str, base: str | None, html: Path | None, *, options: tuple[int | None, int, str]) -> Report:
@@ -93,10 +96,12 @@ def show_findings(findings: Findings, console: Console | None = None) -> None:
     drift = _drift(findings)
     if drift:
         show_table("Between the recording and the training", ["what differs", "how often"], drift, console=console)
-    left_out = {**findings.refused_by_build, **(findings.data.refused if findings.data else {})}
-    rows = [[reason, str(count), (findings.refusals.get(reason) or ("",))[0]] for reason, count in sorted(left_out.items())]
+    # two accounts, which may know the same reason: of episodes, and of what was made of them
+    rows = [["build", reason, str(count), ""] for reason, count in sorted(findings.refused_by_build.items())]
+    rendered = findings.data.refused if findings.data else {}
+    rows += [["rendering", reason, str(count), (findings.refusals.get(reason) or ("",))[0]] for reason, count in sorted(rendered.items())]
     if rows:
-        show_table("Left out", ["reason", "count", "for example"], rows, console=console)
+        show_table("Left out", ["by", "reason", "count", "for example"], rows, console=console)
     if findings.base is None:
         show_table(
             "", ["not known without --base"], [["tokens, stop tokens, tools, what the chat template changes, lengths"]], console=console

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Self
 
 import typer
 
+from loraloop.data_report.visible import visible
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import TaskID
@@ -38,6 +40,11 @@ def write_line(text: str) -> None:
     sys.stdout.write(text + "\n")
 
 
+def write_text(text: str) -> None:
+    """Text for people on standard output: what a terminal would act on is shown as a sign, since a recording may hold anything."""
+    write_line(visible(text))
+
+
 def show_table(title: str, columns: list[str], rows: list[list[str]], *, console: Console | None = None) -> None:
     """A table on standard output, as wide as its content where that is not a terminal, or on `console`."""
     from rich.console import Console
@@ -48,7 +55,7 @@ def show_table(title: str, columns: list[str], rows: list[list[str]], *, console
     for column in columns:
         table.add_column(column, overflow="fold")
     for row in rows:
-        table.add_row(*map(Text, row))  # never as markup: a task may be called [/red]
+        table.add_row(*(Text(visible(cell)) for cell in row))  # never as markup: a task may be called [/red]
     width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160
     (console or Console(highlight=False, width=width)).print(table)
 

@@ -1,12 +1,10 @@
 """Samples to look at: their text in parts, each with who wrote it and how much it weighs.
 
-The text comes from recordings, and may hold anything. What a terminal or a browser would act on instead of showing (control
-characters, marks that turn the direction of writing, halves of characters) is shown as a sign here already.
+The text comes from recordings, and may hold anything; here it is `visible` already.
 """
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
@@ -14,6 +12,7 @@ from loraloop.chat.authors import author_of
 from loraloop.chat.length import LongPolicy
 from loraloop.chat.render import Row, render_sides
 from loraloop.chat.template import ChatTemplate
+from loraloop.data_report.visible import visible
 from loraloop.episode import Frozen, Message
 from loraloop.training_data import TrainingData
 
@@ -50,11 +49,6 @@ class ShownSample(Frozen):
     weight: float
     episodes: tuple[str, ...]
     rows: tuple[ShownRow, ...]
-
-
-def visible(text: str) -> str:
-    """`text` with everything that would be acted on and not shown as a sign; line ends and tabs stay."""
-    return "".join(_sign(character) for character in text)
 
 
 def shorten(text: str, n_characters: int) -> str:
@@ -149,14 +143,3 @@ def _note(row: Row) -> str:
 def _n_shared(texts: Sequence[str]) -> int:
     first, last = min(texts), max(texts)
     return next((number for number, (one, other) in enumerate(zip(first, last, strict=False)) if one != other), len(first))
-
-
-def _sign(character: str) -> str:
-    code = ord(character)
-    if character in "\n\t" or (code < 0x7F and code >= 0x20):
-        return character
-    if code < 0x20:
-        return chr(0x2400 + code)
-    if unicodedata.category(character) in {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"} and character not in "\u200d\ufe0f":
-        return f"⟨U+{code:04X}⟩"
-    return character

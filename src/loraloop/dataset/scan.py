@@ -127,9 +127,12 @@ def _iter_texts(episode: Episode) -> Iterator[tuple[str, str]]:
 def _iter_message(where: str, message: Message) -> Iterator[tuple[str, str]]:
     if message.content:
         yield f"{where}, content", message.content
-    if message.name:
-        yield f"{where}, name", message.name
+    for what, text in (("name", message.name), ("author", message.author), ("id of its call", message.tool_call_id)):
+        if text:
+            yield f"{where}, {what}", text
     for number, call in enumerate(message.tool_calls):
+        if call.id:
+            yield f"{where}, call {number}, id", call.id
         yield f"{where}, call {number}, name", call.function.name
         yield f"{where}, call {number}, arguments", call.function.arguments
 

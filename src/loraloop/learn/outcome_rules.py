@@ -37,7 +37,9 @@ class OutcomeSettings:
         object.__setattr__(self, "score_range", _check_range(self.score_range))
         low, high = self.score_range
         if not math.isfinite(self.min_score) or self.min_score > high:
-            raise SettingsError(f"min_score={self.min_score}: expected a score within score_range, {low:g} to {high:g}")
+            raise SettingsError(
+                f"min_score={self.min_score}: expected a score within score_range, {low:g} to {high:g}; {low:g} takes every success"
+            )
         if not 0 < self.max_timeout_weight <= 1:
             raise SettingsError(f"max_timeout_weight={self.max_timeout_weight}: expected a weight above 0, and 1 at most")
         if not -1 <= self.failure_weight <= 0:
