@@ -5,7 +5,7 @@ import pytest
 from loraloop.episode import ActionRecord, EpisodeMetadata, Failure, LlmCallRecord, Message, Success, Timeout, Unknown
 from loraloop.learn.conversation import ConversationLearn
 from loraloop.learn.transcript import split_key
-from loraloop.plugins import LearnModel, find
+from loraloop.plugins import LearnModel, convert_all, find
 from loraloop.testing import make_episode
 from loraloop.training_data import Refusal, TrainingData
 
@@ -214,3 +214,11 @@ def test_an_answer_that_was_asked_for_again_is_no_rewritten_history():
     episode = from_calls(dropped, llm_call(ASK), llm_call(ASK, ANSWER, LATER, response=LAST))
     (sample,) = ConversationLearn().convert_group([episode])
     assert sample.messages == (ASK, ANSWER, LATER, LAST)
+
+
+def test_a_convert_of_ones_own_is_asked_when_groups_are_converted():
+    class Cautious(ConversationLearn):
+        def convert(self, episode):
+            return Refusal(episode_id=episode.id, reason="cautious")
+
+    assert [converted.reason for converted in convert_all(Cautious(), [make_episode()])] == ["cautious"]

@@ -210,7 +210,7 @@ def test_learn_model_itself_converts_and_its_name_is_kept(make_trainer: MakeTrai
     episodes = [make_episode(), make_episode(learn_model="worker_task", records=records, messages=())]
     model = make_trainer(WRITE_ADAPTER, episodes).train_sync(WorkerTaskLearn())
     assert model.learn_model_name == "worker_task"
-    assert model.refused == {"no_actions": 1}
+    assert model.refused == {"too_few_actions": 1}
     (line,) = (tmp_path / "data" / model.id / "train.jsonl").read_text().splitlines()
     assert [turn["content"] for turn in json.loads(line)["conversations"]][2:] == ["search egg", "found", "done"]
 

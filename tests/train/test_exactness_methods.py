@@ -6,18 +6,18 @@ import copy
 import functools
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch.nn.functional import logsigmoid
 from train.tree_cases import VOCABULARY, make_row, random_rows
-from train.tree_models import NAMES, PLANS, Gradient, take_gradient, twins
+from train.tree_models import NAMES, Gradient, take_gradient, twins
 
 from loraloop.chat.render import Row
 from loraloop.chat.rows import Unit
 from loraloop.train import objectives
+from loraloop.train.buffers import Keep
 from loraloop.train.dense import DenseEngine
 from loraloop.train.engine import Plan
 from loraloop.train.objectives import Desirability, Engine, Likelihood, Objective, Preference, put_elsewhere
@@ -159,8 +159,8 @@ def objective(case: str, engine: Engine, units: list[Unit], tmp_path: Any) -> Ob
 @pytest.mark.parametrize("name", NAMES)
 def test_gradient_of_the_tree_engine_is_that_of_the_definition(name: str, case: str, tmp_path: Any) -> None:
     units = CASES[case][0]()
-    whole = [replace(plan, whole_rows=1000) for plan in PLANS if plan.block_rows == 4]
-    for number, plan in enumerate([*PLANS, *whole, Plan(4, whole_rows=20)]):
+    plans = [Plan(1, Keep.INPUTS), Plan(4, Keep.MIXER), Plan(1000), Plan(4, Keep.INPUTS, whole_rows=1000), Plan(4, whole_rows=20)]
+    for number, plan in enumerate(plans):
         engine = twins(name).engine(plan)
         goal = objective(case, engine, units, tmp_path / str(number))
         found = take_gradient(twins(name).fused, lambda goal=goal, engine=engine: goal.backward(engine, units, 0).loss)

@@ -75,7 +75,7 @@ class TranscriptLearn(ABC):
 
     def convert(self, episode: Episode) -> TrainingData | Refusal:
         """The sample of `episode`, or why there is none; `history_rewritten` when it takes several (`convert_group` gives them)."""
-        converted = self.convert_group([episode])
+        converted = self._convert(episode)
         if len(converted) == 1:
             return converted[0]
         detail = f"its calls do not continue one another, so it gives {len(converted)} samples, one a call; convert_group gives them"
@@ -86,8 +86,16 @@ class TranscriptLearn(ABC):
         return str(episode.id)
 
     def convert_group(self, episodes: Sequence[Episode]) -> list[TrainingData | Refusal]:
-        """The samples of each, one or one a call; or its refusal: `episode_open`, one of its outcome, or one of what is in it."""
-        return [converted for episode in episodes for converted in self._convert(episode)]
+        """The samples of each, one or one a call; or its refusal: `episode_open`, one of its outcome, or one of what is in it.
+
+        A single sample is what `convert` gives, so a learn model made from another by a `convert` of its own is asked.
+        """
+        samples: list[TrainingData | Refusal] = []
+        for episode in episodes:
+            alone = self.convert(episode)
+            is_several = isinstance(alone, Refusal) and alone.reason == "history_rewritten"
+            samples += self._convert(episode) if is_several else [alone]
+        return samples
 
     def read(self, episode: Episode) -> tuple[Meaning, tuple[Transcript, ...]] | Refusal:
         """What `episode` is to the method, and its transcripts; or why it is left out."""

@@ -99,7 +99,7 @@ def estimate(architecture: Architecture, plan: Plan, longest: int, largest: int)
     trained = sum((adapter.a.numel() + adapter.b.numel()) * adapter.a.itemsize for adapter in adapters)
     return Need(
         path=held * (kept + shared),
-        block=block * (passing + hidden * element * 6),  # of the hidden size: the last output, and what the head makes of and for it
+        block=block * (passing + hidden * element * 8),  # of the hidden size: the last output, and what the head makes of and for it
         head=HEAD_ROWS * vocabulary * (element + 2 * max(element, 4)),
         optimizer=3 * trained,  # gradient and two moments
     )
