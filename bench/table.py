@@ -30,8 +30,8 @@ class ResultRow(Frozen):
     token_ratio: float
     peak_rss_mb: float
     gemm_share: float
-    """Useful FLOP/s, after `flops_rule`, as a share of the machine's own matrix-product rate; of pairs, whose step has two passes in
-    loraloop, one is useful."""
+    """Useful FLOP/s, after `flops_rule`, as a share of the machine's own matrix-product rate; a forward
+    pass that a step of pairs takes a second time counts as none."""
     first_loss: float
     logical_tokens_per_s_range: Range
     peak_rss_mb_range: Range
