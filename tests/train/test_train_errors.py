@@ -198,7 +198,9 @@ def test_held_out_loss_is_measured_before_and_after_and_nothing_of_it_is_trained
     code, events, said = run(line(), line(number=2), held_out=held_out, more=("--epochs=20",))
     assert code == 0, said
     kinds = [event["event"] for event in events if event["event"] != "note"]
-    assert kinds == ["data", "held_out", *["step"] * 20, "held_out", "saved"]
+    assert kinds == ["data", "warning", "held_out", *["step"] * 20, "held_out", "saved"]
+    (left_out,) = (event["message"] for event in events if event["event"] == "warning")
+    assert left_out.startswith("left out of what is held out: ")
     before, after = (event for event in events if event["event"] == "held_out")
     assert (before["message"], after["message"]) == ("before", "after")
     assert after["loss"] < before["loss"] - 0.2
