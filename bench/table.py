@@ -16,6 +16,9 @@ from loraloop.episode import Frozen
 BASELINE = "trl-tuned"
 TOLERANCE = {"bfloat16": 0.02, "float32": 1e-3}
 """Relative difference of first losses and of gradient norms that rounding explains."""
+PAIRS_TOLERANCE = {"bfloat16": 0.05, "float32": 1e-3}
+"""The same of a loss of pairs, which follows from differences of log-probabilities summed over a thousand tokens a side: some tenths of
+a nat apart by bfloat16's rounding, of which beta / 2 arrives in a loss near ln 2 (docs/lab-book.md)."""
 
 Range = tuple[float, float]
 
@@ -96,7 +99,7 @@ def check_agreement(shape: str, results: Sequence[EngineResult]) -> None:
     first = results[0]
     for other in results[1:]:
         rounds = any(result.autocast or result.dtype == "bfloat16" for result in (first, other))
-        tolerance = TOLERANCE["bfloat16" if rounds else "float32"]
+        tolerance = (PAIRS_TOLERANCE if shape == "pairs" else TOLERANCE)["bfloat16" if rounds else "float32"]
         for what, one, two in (
             ("first loss", first.first_loss, other.first_loss),
             ("norm of the adapter's gradient", first.gradient_norm, other.gradient_norm),
