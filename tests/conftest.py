@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import functools
+import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from tiny import make_model
+
+os.environ["LORALOOP_LEASES"] = tempfile.mkdtemp(prefix="loraloop-leases-")  # a training beside the tests is none of theirs
 
 REPO = Path(__file__).resolve().parent.parent
 

@@ -7,7 +7,6 @@ cache, in float32, so that what is trained is what llama.cpp serves. Everything 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import io
 import json
 import os
@@ -18,7 +17,7 @@ from typing import Any, Literal
 
 from loraloop.episode import Frozen
 from loraloop.errors import BaseModelError
-from loraloop.files import file_sha256, new_directory
+from loraloop.files import file_sha256, hash_files, new_directory
 
 Dtype = Literal["auto", "float32", "bfloat16"]
 
@@ -83,6 +82,30 @@ def load_model(base: BaseModel, dtype: Literal["float32", "bfloat16"]) -> Any:
         )
         _require_all_weights(model, loaded)
     return model.eval()
+
+
+def watch_files(base: BaseModel) -> Callable[[], None]:
+    """A check that raises BaseModelError when the files of `base` are not what they are now any more."""
+    seen = _stamps(base.path)
+
+    def check() -> None:
+        if _stamps(base.path) == seen:
+            return
+        if _hash_folder(base.path, base.name) != base.sha256:
+            raise BaseModelError(
+                f"base model {base.name!r} in {base.path} was changed while an adapter was trained on it; put it back, and go on from the "
+                "last checkpoint"
+            )
+
+    return check
+
+
+def _stamps(folder: Path) -> dict[str, tuple[int, int, int]]:
+    """What changes when a model's files do."""
+    files = [folder / "config.json", *folder.glob("*.safetensors")]
+    with contextlib.suppress(OSError):
+        return {file.name: (stat.st_size, stat.st_mtime_ns, stat.st_ino) for file in files for stat in [file.stat()]}
+    return {}
 
 
 def choose_device() -> str:
@@ -224,10 +247,7 @@ def _hash_folder(folder: Path, base: str) -> str:
             f"base model {base!r}: the folder needs config.json and *.safetensors, and holds {found} "
             f"(pickled weights, .bin and .pt, are not read); {_WAYS}"
         )
-    digest = hashlib.sha256()
-    for file in [folder / "config.json", *weights]:
-        digest.update(f"{file.name} {file_sha256(file)}\n".encode())
-    return digest.hexdigest()
+    return hash_files([folder / "config.json", *weights])
 
 
 @contextlib.contextmanager

@@ -8,9 +8,12 @@
     ├── BaseModelError                    a base model that cannot be had or used
     ├── RenderError (ValueError)          a chat template that cannot render an episode exactly
     ├── EvaluationError                   a play or a measurement that cannot go on
+    ├── LeaseHeld                         another process uses what only one may: a device, a run
     └── LoraTrainerError
         ├── EmptyData                     nothing to train on, with the counts by reason
+        ├── CannotStart                   all that stands in the way of a training, found before it starts
         ├── ScriptNotFound (FileNotFoundError)
+        ├── TrainingStopped               it was told to stop, and can be gone on with
         └── ProcessFailed                 the training process ended badly, or left no adapter
 
 A message says what, which value, what was expected, and what to do. All of them can be pickled.
@@ -19,7 +22,7 @@ A message says what, which value, what was expected, and what to do. All of them
 from __future__ import annotations
 
 import signal
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 TAIL_LINES = 40
@@ -58,6 +61,10 @@ class EvaluationError(LoraLoopError):
     """A play or a measurement cannot go on."""
 
 
+class LeaseHeld(LoraLoopError):
+    """Another process holds what only one may use at a time."""
+
+
 class LoraTrainerError(LoraLoopError):
     """A training cannot start or did not end well."""
 
@@ -86,6 +93,31 @@ class ScriptNotFound(LoraTrainerError, FileNotFoundError):
         return (
             f"Script not found: {self.path}; give the path of an existing script, or train_script=None for loraloop's own training process"
         )
+
+
+class CannotStart(LoraTrainerError):
+    """A training cannot start; `findings` are all reasons that there are, each with its way out."""
+
+    def __init__(self, findings: Sequence[str]) -> None:
+        self.findings = tuple(findings)
+        super().__init__(self.findings)
+
+    def __str__(self) -> str:
+        listed = "".join(f"\n  {number}. {finding}" for number, finding in enumerate(self.findings, 1))
+        return f"{len(self.findings)} things stand in the way of this training:{listed}"
+
+
+class TrainingStopped(LoraTrainerError):
+    """A training was told to stop; `step` is the last that a checkpoint holds, 0 when there is none."""
+
+    def __init__(self, run_id: str, step: int, steps: int | None = None) -> None:
+        self.run_id, self.step, self.steps = run_id, step, steps
+        super().__init__(run_id, step, steps)
+
+    def __str__(self) -> str:
+        of = f" of {self.steps}" if self.steps else ""
+        where = f"after step {self.step}{of}" if self.step else "before its first checkpoint"
+        return f"Training {self.run_id} was stopped {where}; go on with `loraloop train --resume {self.run_id}`"
 
 
 class ProcessFailed(LoraTrainerError):

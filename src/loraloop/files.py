@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -37,8 +38,16 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """Write `text` so that `path` holds either its old content or all of the new.
+def hash_files(paths: Iterable[Path]) -> str:
+    """SHA-256 over the names and hashes of files, in their order."""
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(f"{path.name} {file_sha256(path)}\n".encode())
+    return digest.hexdigest()
+
+
+def write_atomic(path: Path, text: str, *, durable: bool = True) -> None:
+    """Write `text` so that `path` holds either its old content or all of the new; when `durable`, after a power cut too.
 
     A lone surrogate, which UTF-8 cannot hold (a cut-off emoji leaves one), is written as the escape that JSON has for it.
     """
@@ -47,14 +56,16 @@ def write_atomic(path: Path, text: str) -> None:
     try:
         with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
             file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
         os.chmod(aside, 0o644)
         os.replace(aside, path)
     except BaseException:
         Path(aside).unlink(missing_ok=True)
         raise
-    _sync(path.parent)
+    if durable:
+        _sync(path.parent)
 
 
 def write_json(path: Path, value: object) -> None:
@@ -107,6 +118,15 @@ def new_directory(path: Path) -> Iterator[Path]:
         shutil.rmtree(aside, ignore_errors=True)
         raise
     _sync(path.parent)
+
+
+def remove_asides(path: Path) -> None:
+    """Remove what a process that was killed inside `new_directory(path)` or `write_atomic(path, …)` has left; not while one runs."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*"):
+        if left.is_dir() and not left.is_symlink():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
 
 
 @contextmanager

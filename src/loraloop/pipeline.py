@@ -27,6 +27,7 @@ from loraloop.files import write_atomic
 from loraloop.importers.ingest import IngestReport, ingest_file, iter_files, refuse_file
 from loraloop.lora.config import LoraTrainerConfig, TrainOptions
 from loraloop.lora.model import TrainedModel
+from loraloop.lora.runs import Run
 from loraloop.lora.trainer import LoraTrainer, OnEvent, Samples, run_in_plain_thread
 from loraloop.plugins import EpisodeStore, LearnModel
 from loraloop.training_data import Method
@@ -118,6 +119,36 @@ def train(
 
     Raises SettingsError for a dataset that the method does not train, LoraTrainerError and its kinds.
     """
+    samples = _samples_of(dataset, method)
+    trainer = LoraTrainer(config, store, options)
+    learn_model = dataset.manifest.learn_model
+    model: TrainedModel = run_in_plain_thread(lambda: asyncio.run(trainer.train_samples(samples, learn_model, on_event=on_event)))
+    return model
+
+
+def check_training(
+    store: EpisodeStore,
+    dataset: Dataset,
+    config: LoraTrainerConfig,
+    options: TrainOptions | None = None,
+    on_event: OnEvent | None = None,
+    *,
+    method: Method | None = None,
+) -> None:
+    """Look whether `train` could start with the same arguments. Raises LoraTrainerError with all that stands in its way."""
+    samples = _samples_of(dataset, method)
+    trainer = LoraTrainer(config, store, options)
+    run_in_plain_thread(lambda: asyncio.run(trainer.check(samples, on_event=on_event)))
+
+
+def resume(trainer: LoraTrainer, run: Run, on_event: OnEvent | None = None, *, force: bool = False) -> TrainedModel:
+    """Go on with a run by a trainer that was told what it was told (`LoraTrainer.of_run`). Raises LoraTrainerError and its kinds."""
+    model: TrainedModel = run_in_plain_thread(lambda: asyncio.run(trainer.resume(run, force=force, on_event=on_event)))
+    return model
+
+
+def _samples_of(dataset: Dataset, method: Method | None) -> Samples:
+    """What is trained of a dataset. Raises SettingsError when `method` does not train it."""
     manifest = dataset.manifest
     trained_by = method or manifest.method
     if manifest.method not in ACCEPTED[trained_by]:
@@ -125,7 +156,4 @@ def train(
             f"dataset {dataset.id} is for {manifest.method}, which {trained_by} does not train; make one with `loraloop build --method "
             f"{trained_by}`"
         )
-    samples = Samples(dataset.load_training(), dataset.load_held_out(), dict(manifest.refused), dataset.id, trained_by)
-    trainer = LoraTrainer(config, store, options)
-    model: TrainedModel = run_in_plain_thread(lambda: asyncio.run(trainer.train_samples(samples, manifest.learn_model, on_event=on_event)))
-    return model
+    return Samples(dataset.load_training(), dataset.load_held_out(), dict(manifest.refused), dataset.id, trained_by)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from loraloop import pipeline
 from loraloop.chat.rows import ACCEPTED
@@ -21,7 +21,8 @@ from loraloop.importers.ingest import IngestReport
 from loraloop.lora.config import LoraTrainerConfig, TrainOptions
 from loraloop.lora.model import TrainedModel
 from loraloop.lora.registry import LoraModelRegistry
-from loraloop.lora.trainer import OnEvent
+from loraloop.lora.runs import RunStore
+from loraloop.lora.trainer import LoraTrainer, OnEvent
 from loraloop.plugins import LearnModel, find
 from loraloop.store.sql import SqlEpisodeStore
 from loraloop.training_data import Method
@@ -37,6 +38,7 @@ class Project:
             raise StoreError(f"no project in {self.directory} (it has no {database.name}); begin one with `loraloop ingest PATH`")
         self.store = SqlEpisodeStore(database)
         self.registry = LoraModelRegistry(self.directory / "models")
+        self.runs = RunStore(self.directory / "runs")
 
     def __enter__(self) -> Self:
         return self
@@ -101,6 +103,30 @@ class Project:
         config = config.replace(output_dir=self.directory / "models", data_dir=self.directory / "runs")
         chosen = self.get_dataset(dataset) if dataset is not None or method is None else self._get_newest(method)
         return pipeline.train(self.store, chosen, config, options, on_event, method=method)
+
+    def check_training(
+        self,
+        config: LoraTrainerConfig,
+        *,
+        dataset: str | None = None,
+        method: Method | None = None,
+        options: TrainOptions | None = None,
+        on_event: OnEvent | None = None,
+    ) -> None:
+        """Look whether `train` could start with the same arguments. Raises LoraTrainerError with all that stands in its way."""
+        config = config.replace(output_dir=self.directory / "models", data_dir=self.directory / "runs")
+        chosen = self.get_dataset(dataset) if dataset is not None or method is None else self._get_newest(method)
+        pipeline.check_training(self.store, chosen, config, options, on_event, method=method)
+
+    def resume(self, run_id: str, *, force: bool = False, on_event: OnEvent | None = None, **changes: Any) -> TrainedModel:
+        """Go on with the run whose id begins with `run_id`, or the `latest`, to the very adapter that it would have become.
+
+        `changes` are settings of LoraTrainerConfig and TrainOptions that are not what they were, which needs `force`, like all else
+        that has changed.
+        """
+        run = self.runs.get(run_id)
+        trainer = LoraTrainer.of_run(run, self.store, output_dir=self.directory / "models", **changes)
+        return pipeline.resume(trainer, run, on_event, force=force)
 
     def list_datasets(self) -> list[Dataset]:
         """The datasets, the one that was built last at the end. Raises DatasetError when one is damaged."""

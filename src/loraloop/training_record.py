@@ -57,9 +57,10 @@ class TrainingEvent(Frozen):
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
-    event: Literal["note", "warning", "data", "reference", "held_out", "step", "saved", "empty"]
-    """`empty` says, before the process fails, that it has nothing to train on, and `refused` why; `reference` counts in `step` and
-    `steps` the rows that the base model has measured."""
+    event: Literal["note", "warning", "data", "reference", "held_out", "step", "checkpoint", "saved", "stopped", "empty"]
+    """`empty` says, before the process fails, that it has nothing to train on, and `refused` why; `stopped` that it ends because it
+    was told to, and in `step` what a checkpoint holds; `reference` counts in `step` and `steps` the rows that the base model has
+    measured."""
     message: str | None = None
     refused: dict[str, int] | None = None
     data: DataReport | None = None
@@ -75,6 +76,9 @@ class TrainingEvent(Frozen):
     tokens_per_s: float | None = None
     eta_s: float | None = None
     memory_mb: int | None = None
+    """Most resident memory so far."""
+    seconds: float | None = None
+    """checkpoint: what saving it took."""
 
 
 class RefusedSample(Frozen):
@@ -120,7 +124,16 @@ class TrainingRecord(Frozen):
     held_out_rows: int
     loss_history: list[tuple[int, float]]
     """(step, loss) for every step."""
+    ended_by: Literal["steps", "time_limit", "early_stop"] = "steps"
+    """Why it took no further step: all were taken, the time was up, or the held-out loss did not fall any more."""
+    best_step: int | None = None
+    """The step whose adapter was kept, where the held-out loss decided."""
+    held_out_history: list[tuple[int, float]] = Field(default_factory=list)
+    """(step, held-out loss) where it was measured on the way."""
+    continued_from: str | None = None
+    """SHA-256 of the adapter that the training began with; None for a fresh one."""
     training_time_secs: float
+    """Of all processes that worked on it."""
     peak_memory_mb: int
     gpu_memory_mb: int | None
     engine: str = "dense"

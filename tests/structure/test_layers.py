@@ -10,7 +10,7 @@ import pytest
 SOURCE = Path(__file__).parents[2] / "src" / "loraloop"
 
 LAYERS = [
-    {"errors", "ids", "files", "episode", "training_data", "training_record"},
+    {"errors", "ids", "files", "lease", "episode", "training_data", "training_record"},
     {"settings", "plugins", "chat", "base_model"},
     {"store"},
     {"importers", "learn", "dataset", "data_report", "lora", "train", "evaluate"},

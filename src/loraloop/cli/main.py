@@ -15,7 +15,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from loraloop.cli import browse, build, ingest, train
+from loraloop.cli import browse, build, ingest, runs, train
 from loraloop.errors import LoraLoopError
 
 app = typer.Typer(
@@ -28,9 +28,10 @@ app = typer.Typer(
     "\b\nloraloop ingest runs/           read recorded runs into a project\n"
     "loraloop build                  freeze a dataset from the episodes that ended well\n"
     "loraloop train --base MODEL     train an adapter on it\n"
+    "loraloop runs watch latest      how a training goes, from any terminal\n"
     "loraloop models list            what has been trained",
 )
-for command in (ingest, build, train, browse):
+for command in (ingest, build, train, runs, browse):
     command.register(app)
 
 

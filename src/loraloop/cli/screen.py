@@ -133,6 +133,8 @@ class TrainingScreen:
         elif event.event == "held_out" and event.loss is not None:
             right = "" if event.accuracy is None else f", right about {event.accuracy:.0%}"
             say(f"held-out loss {event.message}: {event.loss:.4f}{right}", markup=False)
+        elif event.event == "stopped":
+            say(f"stopped; a checkpoint keeps step {event.step}" if event.step else "stopped before the first checkpoint", markup=False)
         elif event.event == "reference" and event.step is not None:
             self._reference(event)
         elif event.event == "step" and event.step is not None and event.steps is not None:

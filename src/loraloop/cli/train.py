@@ -2,32 +2,50 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from loraloop.cli.screen import DEFAULT_PROJECT, JsonOption, ProjectOption, TrainingScreen, show_next, show_table, write_line
+from loraloop.cli.screen import DEFAULT_PROJECT, JsonOption, ProjectOption, TrainingScreen, err, show_next, show_table, write_line
 from loraloop.errors import SettingsError
 from loraloop.lora.config import LoraTrainerConfig, TrainOptions
 from loraloop.training_data import METHODS
 
 if TYPE_CHECKING:
     from loraloop.lora.model import TrainedModel
+    from loraloop.lora.trainer import OnEvent
+    from loraloop.project import Project
+    from loraloop.training_record import TrainingEvent
 
 DEFAULTS = LoraTrainerConfig()
 OPTIONS = TrainOptions()
+SETTINGS = {
+    "base": "base_model",
+    "rank": "lora_rank",
+    "alpha": "lora_alpha",
+    "dropout": "lora_dropout",
+    "grad_accum": "gradient_accumulation",
+    "lr": "learning_rate",
+}
+"""Options whose settings have longer names."""
+_NO_SETTINGS = ("project", "resume", "force", "as_json")
 
 
 def register(app: typer.Typer) -> None:
     """Add the command to `app`."""
     app.command(
         epilog="Examples: loraloop train --base ./SmolLM2-135M-Instruct --epochs 2 --lr 1e-3\n\n"
-        "loraloop train --base ./SmolLM2-135M-Instruct --method dpo --lr 5e-5 --beta 0.1"
+        "loraloop train --base ./SmolLM2-135M-Instruct --method dpo --lr 5e-5 --beta 0.1\n\n"
+        "loraloop train --resume latest"
     )(train)
 
 
 def train(
+    context: typer.Context,
     base: Annotated[str, typer.Option("--base", help="Base model: hub id, folder, or .gguf file.")] = DEFAULTS.base_model,
     project: ProjectOption = DEFAULT_PROJECT,
     dataset: Annotated[str | None, typer.Option(help="Id of the dataset, or how it begins; the newest without one.")] = None,
@@ -53,12 +71,27 @@ def train(
     ] = OPTIONS.engine,
     max_memory: Annotated[int | None, typer.Option(help="Bytes that the training process may take; 80 % of what is free without.")] = None,
     verify: Annotated[bool, typer.Option("--verify", help="Compute the first step with both engines; stop when they differ.")] = False,
+    continue_from: Annotated[str | None, typer.Option(help="Train on from the adapter of this model, or of the latest.")] = None,
+    time_limit: Annotated[float | None, typer.Option(help="Minutes after which no step is begun; the adapter is saved as it is.")] = None,
+    eval_every: Annotated[int | None, typer.Option(help="Steps between measurements on what is held out.")] = None,
+    early_stop: Annotated[int | None, typer.Option(help="End with the best adapter after so many without a lower loss.")] = None,
+    checkpoint_every: Annotated[int | None, typer.Option(help="Steps between checkpoints; as often as takes 1 % of the time.")] = None,
+    resume: Annotated[str | None, typer.Option(metavar="RUN", help="Go on with a run that ended early, or the latest.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="With --resume: although something has changed.")] = False,
+    wait: Annotated[bool, typer.Option("--wait", help="Wait while another training uses the device.")] = False,
+    check: Annotated[bool, typer.Option("--check", help="Only look whether it can start, and what it takes.")] = False,
     train_script: Annotated[Path | None, typer.Option(help="A training script of your own that keeps the contract.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Train a LoRA adapter on a dataset, in a child process, and record it."""
-    from loraloop.project import Project
+    """Train a LoRA adapter on a dataset, in a child process, and record it. With --json every event is a line, the last is the model.
 
+    Ctrl-C saves a checkpoint and ends, a second one ends at once; --resume goes on to the very same adapter.
+    """
+    if resume is not None:
+        told = {name: value for name, value in context.params.items() if _was_typed(context, name)}
+        model = _resume(resume, project, told, force=force, as_json=as_json)
+        _end(model, project, as_json=as_json)
+        return
     config = LoraTrainerConfig(
         base_model=base,
         lora_rank=rank,
@@ -85,14 +118,69 @@ def train(
         engine=engine,  # type: ignore[arg-type]
         max_memory=max_memory,
         verify=verify,
+        continue_from=continue_from,
+        time_limit=_seconds(time_limit),
+        eval_every=eval_every,
+        early_stop=early_stop,
+        checkpoint_every=checkpoint_every,
+        wait=wait,
     )
-    with Project(project, create=False) as opened, TrainingScreen() as screen:
-        model = opened.train(config, dataset=dataset, method=method, options=options, on_event=screen.show)
+    with _training(project, as_json=as_json) as (opened, hear):
+        if check:
+            opened.check_training(config, dataset=dataset, method=method, options=options, on_event=hear)
+            return
+        model = opened.train(config, dataset=dataset, method=method, options=options, on_event=hear)
+    _end(model, project, as_json=as_json)
+
+
+def _resume(run_id: str, project: Path, told: dict[str, Any], *, force: bool, as_json: bool) -> TrainedModel:
+    changes = {SETTINGS.get(name, name): value for name, value in told.items() if name not in _NO_SETTINGS}
+    if refused := sorted(set(changes) & {"dataset", "method", "train_script", "continue_from", "check"}):
+        raise SettingsError(f"--{refused[0].replace('_', '-')}: what a run is made of cannot change with --resume; start a new run")
+    if "time_limit" in changes:
+        changes["time_limit"] = _seconds(changes["time_limit"])
+    with _training(project, as_json=as_json) as (opened, hear):
+        return opened.resume(run_id, force=force, on_event=hear, **changes)
+
+
+@contextmanager
+def _training(project: Path, *, as_json: bool) -> Iterator[tuple[Project, OnEvent]]:
+    """The project, and who shows or writes what a training tells; Ctrl-C says how to go on."""
+    from loraloop.project import Project
+
+    def write(event: TrainingEvent) -> None:
+        write_line(event.model_dump_json(exclude_none=True))
+        sys.stdout.flush()
+
+    with Project(project, create=False) as opened:
+        try:
+            with nullcontext() if as_json else TrainingScreen() as screen:
+                yield opened, write if screen is None else screen.show
+        except (KeyboardInterrupt, SystemExit):
+            runs = opened.runs.list_runs()
+            if runs and runs[-1].status.state in ("stopped", "interrupted"):
+                status = runs[-1].status
+                at = f"; a checkpoint keeps it as it was behind step {status.checkpoint}" if status.checkpoint else ""
+                err().print(f"{runs[-1].id} is {status.state}{at}", markup=False)
+                show_next(f"loraloop train --resume {runs[-1].id}", project)
+            raise
+
+
+def _end(model: TrainedModel, project: Path, *, as_json: bool) -> None:
     if as_json:
         write_line(model.model_dump_json())
     else:
         _show_trained(model)
     show_next(f"loraloop models show {model.id}", project)
+
+
+def _was_typed(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name in ("COMMANDLINE", "ENVIRONMENT")
+
+
+def _seconds(minutes: float | None) -> float | None:
+    return None if minutes is None else 60 * minutes
 
 
 def _show_trained(model: TrainedModel) -> None:

@@ -60,6 +60,12 @@ class LoraTrainerConfig:
             if getattr(self, name) is not None:
                 _check_path(name, getattr(self, name))
 
+    def to_dict(self) -> dict[str, Any]:
+        """Every setting, as JSON can hold it; the path of a base model on this machine is made absolute."""
+        values = {name: str(value) if isinstance(value, os.PathLike) else value for name, value in dataclasses.asdict(self).items()}
+        path = Path(os.path.expanduser(self.base_model))  # noqa: PTH111  that of pathlib raises for a user that there is not
+        return {**values, "base_model": str(path.resolve())} if path.exists() else values
+
     def replace(self, **changes: Any) -> Self:
         """A copy with `changes`, checked again. Raises SettingsError for a name that is not a setting."""
         known = [field.name for field in dataclasses.fields(self)]
@@ -101,26 +107,41 @@ class TrainOptions:
     """Share of the tasks kept from training to measure on, 0 <= held_out_fraction < 1."""
     held_out_min_tasks: int = 5
     """With fewer distinct tasks than this nothing is held out."""
+    continue_from: str | None = None
+    """The id of a model, or `latest`: its adapter is trained on, with its rank and alpha; None begins with a fresh one."""
+    time_limit: float | None = None
+    """Seconds after which no further step is begun, more than 0; the adapter is saved as it is then."""
+    eval_every: int | None = None
+    """Steps between measurements on what is held out, at least 1."""
+    early_stop: int | None = None
+    """End with the best adapter after so many measurements without a lower held-out loss, at least 1."""
+    checkpoint_every: int | None = None
+    """Steps between checkpoints, at least 1; None is as often as takes 1 % of the time."""
+    wait: bool = False
+    """Wait while another training uses the device, instead of an error."""
 
     def __post_init__(self) -> None:
         _check_int("seed", self.seed, 0)
         if self.seed >= 2**63:
             raise SettingsError(f"seed={self.seed}: expected a whole number < 2^63")
-        if self.dtype not in ("auto", "float32", "bfloat16"):
-            raise SettingsError(f"dtype={self.dtype!r}: expected auto, float32 or bfloat16")
-        if self.engine not in ("tree", "dense"):
-            raise SettingsError(f"engine={self.engine!r}: expected tree or dense")
-        for name in ("max_steps", "max_memory"):
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise SettingsError(f"{name}={getattr(self, name)!r}: expected {_list(choices)}")
+        for name in ("max_steps", "max_memory", "eval_every", "early_stop", "checkpoint_every"):
             if getattr(self, name) is not None:
                 _check_int(name, getattr(self, name), 1)
-        if self.long not in LONG_POLICIES:
-            raise SettingsError(f"long={self.long!r}: expected {', '.join(LONG_POLICIES)}")
-        if self.loss not in ("sigmoid", "ipo"):
-            raise SettingsError(f"loss={self.loss!r}: expected sigmoid or ipo")
         for name in ("beta", "desirable_weight", "undesirable_weight"):
             _check_float(name, getattr(self, name), "> 0", lambda value: value > 0)
+        if self.time_limit is not None:
+            _check_float("time_limit", self.time_limit, "> 0", lambda value: value > 0)
+        if self.continue_from is not None:
+            _check_text("continue_from", self.continue_from)
         _check_float("held_out_fraction", self.held_out_fraction, ">= 0 and < 1", lambda value: 0 <= value < 1)
         _check_int("held_out_min_tasks", self.held_out_min_tasks, 1)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every option, as JSON can hold it."""
+        return dataclasses.asdict(self)
 
     def to_argv(self, method: Method = "sft") -> list[str]:
         """The arguments that follow the contract's on the command line, for a training by `method`."""
@@ -131,9 +152,22 @@ class TrainOptions:
             argv += ["--loss", self.loss]
         if method == "kto":
             argv += ["--desirable-weight", repr(self.desirable_weight), "--undesirable-weight", repr(self.undesirable_weight)]
-        for option, value in (("--max-steps", self.max_steps), ("--max-memory", self.max_memory)):
-            argv += [option, str(value)] if value is not None else []
-        return [*argv, "--verify"] if self.verify else argv
+        for name in ("max_steps", "max_memory", "time_limit", "eval_every", "early_stop", "checkpoint_every"):
+            value = getattr(self, name)
+            argv += [f"--{name.replace('_', '-')}", str(value)] if value is not None else []
+        return [*argv, *(f"--{name}" for name in ("verify", "wait") if getattr(self, name))]
+
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "dtype": ("auto", "float32", "bfloat16"),
+    "engine": ("tree", "dense"),
+    "long": LONG_POLICIES,
+    "loss": ("sigmoid", "ipo"),
+}
+
+
+def _list(choices: tuple[str, ...]) -> str:
+    return f"{', '.join(choices[:-1])} or {choices[-1]}"
 
 
 def _check_int(name: str, value: Any, low: int) -> None:

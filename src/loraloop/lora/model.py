@@ -65,5 +65,9 @@ class TrainedModel(Frozen):
     """The id of the frozen dataset, when it was trained from one."""
     refused: dict[str, int] = Field(default_factory=dict)
     """Episodes and turns left out, by reason."""
+    parent: LoraModelId | None = None
+    """The model that it was continued from."""
+    run: str | None = None
+    """The run that made it."""
     log_path: Path | None = None
     """Everything that the training process wrote."""

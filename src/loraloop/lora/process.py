@@ -1,7 +1,8 @@
 """Run a training script as a child process: its output goes to a log as it comes, and its end is told truthfully.
 
-Memory stays bounded whatever the script prints. Cancelling ends the script and all that it started. What outlives the script is ended
-with it: it would hold the pipes open, so that their end never comes; what has left the script's process group is not waited for.
+Memory and log stay bounded whatever the script prints. Cancelling ends the script and all that it started, and so does the death of
+this process (see guard.py). What outlives the script is ended with it: it would hold the pipes open, so that their end never comes;
+what has left the script's process group is not waited for.
 """
 
 from __future__ import annotations
@@ -9,42 +10,53 @@ from __future__ import annotations
 import asyncio
 import codecs
 import contextlib
+import json
 import os
+import shutil
 import signal
+import sys
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import BinaryIO
 
-from loraloop.errors import TAIL_LINES, ProcessFailed
+from loraloop.errors import TAIL_LINES, LoraTrainerError, ProcessFailed
+from loraloop.lora import guard
 
 MAX_LINE = 4_000
 """Characters of one line that are looked at or shown; the log has all of them."""
-SECONDS_TO_END = 10.0
+LOG_BYTES = 32 << 20
+"""What a log holds before it is put aside as `<name>.1`, where the one that was there before goes: twice this at most is kept."""
+SECONDS_TO_END = 60.0
+"""For a script that is told to stop: ours saves a checkpoint first."""
 EVENT = '{"event":'
 """How a line begins that tells of progress, which is no complaint."""
 
 
-async def run_process(argv: Sequence[str], log_path: Path, on_line: Callable[[str], None]) -> None:
-    """Run `argv` to its end; `on_line` hears every line of its stdout.
+async def run_process(
+    argv: Sequence[str],
+    log_path: Path,
+    on_line: Callable[[str], None],
+    on_start: Callable[[int], None] = lambda pid: None,
+) -> None:
+    """Run `argv` to its end; `on_start` hears its process id, `on_line` every line of its stdout.
 
-    Raises ProcessFailed for an exit code other than 0, with the last lines of stderr (of stdout when stderr is empty, events left
-    out), and whatever `on_line` raises.
+    Raises LoraTrainerError when the log cannot be written to; ProcessFailed for an exit code other than 0, with the last lines of
+    stderr (of stdout when stderr is empty, events left out); and whatever `on_line` raises.
     """
+    if shutil.which(argv[0]) is None:
+        raise ProcessFailed(127, "", log_path, f"{argv[0]} cannot be started: no such program; see python_path")
     out, err = _Lines(on_line), _Lines()
-    with log_path.open("ab") as log:
+    with contextlib.closing(Log(log_path)) as log:
+        transport, child = await asyncio.get_running_loop().subprocess_exec(
+            lambda: _Child(log, {1: out, 2: err}),
+            *(sys.executable, "-I", "-S", guard.__file__, *argv),
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+            start_new_session=True,
+        )
         try:
-            transport, child = await asyncio.get_running_loop().subprocess_exec(
-                lambda: _Child(log, {1: out, 2: err}),
-                *argv,
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=asyncio.subprocess.PIPE,
-                stderr=asyncio.subprocess.PIPE,
-                start_new_session=True,
-            )
-        except OSError as error:
-            raise ProcessFailed(127, str(error), log_path, f"{argv[0]} cannot be started: {error.strerror}; see python_path") from error
-        try:
+            on_start(transport.get_pid())
             await child.over.wait()
         finally:
             await _end_group(transport, child)
@@ -56,6 +68,37 @@ async def run_process(argv: Sequence[str], log_path: Path, on_line: Callable[[st
         raise ProcessFailed(code, "\n".join(said), log_path)
 
 
+class Log:
+    """A file of at most LOG_BYTES, and the one before it. When it cannot be written to any more, `failure` says why, and it is silent."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.failure: OSError | None = None
+        try:
+            self._file = path.open("ab")
+        except OSError as error:
+            raise LoraTrainerError(f"the log {path} cannot be written: {error.strerror}; nothing was started") from error
+
+    def write(self, piece: bytes) -> None:
+        """Append `piece`, and put it where other processes see it."""
+        if self.failure is not None:
+            return
+        try:
+            if self._file.tell() + len(piece) > LOG_BYTES and self._file.tell():
+                self._file.close()
+                os.replace(self.path, self.path.with_name(self.path.name + ".1"))
+                self._file = self.path.open("ab")
+            self._file.write(piece)
+            self._file.flush()
+        except (OSError, ValueError) as error:
+            self.failure = error if isinstance(error, OSError) else OSError(str(error))
+
+    def close(self) -> None:
+        """No more comes."""
+        with contextlib.suppress(OSError):
+            self._file.close()
+
+
 class _Lines:
     """Cuts a stream of bytes into lines of at most MAX_LINE characters, and keeps the last of them."""
 
@@ -64,6 +107,10 @@ class _Lines:
         self._on_line = on_line
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._line, self._n_dropped = "", 0
+
+    def tell(self, line: str) -> None:
+        """Give `line` to the listener as if it had come."""
+        self._on_line(line)
 
     def feed(self, piece: bytes, *, final: bool = False) -> None:
         """Take what came; `final` when nothing comes any more, so that an unfinished line is a line too."""
@@ -90,12 +137,14 @@ class _Lines:
 class _Child(asyncio.SubprocessProtocol):
     """Hears the script. `exited` is set when it has ended, `silent` when its pipes have, `over` when it has ended or hearing failed."""
 
-    def __init__(self, log: BinaryIO, lines: dict[int, _Lines]) -> None:
+    def __init__(self, log: Log, lines: dict[int, _Lines]) -> None:
         self.exited, self.silent, self.over = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self.failure: Exception | None = None
         self.hung_up = False
         self._log = log
+        self._log_is_lost = False
         self._open = dict(lines)
+        self._out = lines[1]
 
     def pipe_data_received(self, fd: int, data: bytes) -> None:
         """A piece of what it printed."""
@@ -118,10 +167,13 @@ class _Child(asyncio.SubprocessProtocol):
             return
         try:
             self._log.write(piece)
-            self._log.flush()
+            if self._log.failure is not None and not self._log_is_lost:
+                self._log_is_lost = True
+                lost = f"the log {self._log.path} cannot be written: {self._log.failure.strerror}; the training goes on without it"
+                self._out.tell(json.dumps({"event": "warning", "message": lost}))
             if self.failure is None:
                 lines.feed(piece, final=final)
-        except Exception as error:  # noqa: BLE001  of the log or the listener; run_process raises it, where its caller can see it
+        except Exception as error:  # noqa: BLE001  of the listener; run_process raises it, where its caller can see it
             self.failure = self.failure or error
             self.over.set()
 

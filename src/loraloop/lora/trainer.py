@@ -3,36 +3,37 @@
 query -> the learn model's own `convert` -> a training file -> a child process -> an adapter -> a record in the registry
 
 It holds no weights and loads no torch. Every run has a fresh id, and every file of the run lies in a folder of that name, so no run
-can overwrite another's; names of learn models never become paths.
+can overwrite another's; names of learn models never become paths. A run that ended early is gone on with by `resume`.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
-import sys
+import shutil
+import tempfile
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from decimal import Decimal
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, Self, TypeVar
 
-from pydantic import ValidationError
-
-from loraloop.episode import Episode, EpisodeFilter, EpisodeId, now_ms
-from loraloop.errors import EmptyData, LoraTrainerError, ProcessFailed, ScriptNotFound
-from loraloop.files import json_line, write_jsonl
+from loraloop.episode import Episode, EpisodeFilter, now_ms
+from loraloop.errors import EmptyData, LeaseHeld, LoraTrainerError, ProcessFailed, ScriptNotFound, SettingsError, TrainingStopped
+from loraloop.files import file_sha256, json_line, write_jsonl
+from loraloop.lora.adapter import check_adapter, make_model, read_shape
+from loraloop.lora.command import Paths, build_argv
 from loraloop.lora.config import LoraTrainerConfig, TrainOptions
-from loraloop.lora.model import LoraModelId, TrainedModel, TrainingMetrics
+from loraloop.lora.listener import Listener
+from loraloop.lora.model import LoraModelId, TrainedModel
 from loraloop.lora.process import run_process
-from loraloop.lora.registry import MODEL_FILE, LoraModelRegistry
+from loraloop.lora.registry import LoraModelRegistry
+from loraloop.lora.runs import LOG_FILE, Run, RunPlan, RunState, RunStore, remove_checkpoints
 from loraloop.plugins import EpisodeStore, LearnModel, convert_all
 from loraloop.training_data import Method, Refusal, TrainingData, split_by_task
-from loraloop.training_record import RECORD_FILE, TrainingEvent, TrainingRecord
+from loraloop.training_record import TrainingEvent
 
 log = logging.getLogger("loraloop.lora")
 
@@ -131,27 +132,140 @@ class LoraTrainer:
         return Samples(training, held_out, dict(refused), method=method)
 
     async def train_samples(self, samples: Samples, learn_model_name: str, *, on_event: OnEvent | None = None) -> TrainedModel:
-        """Train on samples that are made already. Raises EmptyData, ScriptNotFound and ProcessFailed."""
+        """Train on samples that are made already. Raises EmptyData, ScriptNotFound, TrainingStopped and ProcessFailed."""
         self._check_script()
         if not samples.training:
             raise EmptyData("No training data generated from episodes", samples.refused)
+        parent = self._find_parent()
         model_id = LoraModelId.new()
         data_path = await asyncio.to_thread(self.write_training_data, samples.training, model_id)
         held_out_path = None
         if samples.held_out and self._config.train_script is None:
             held_out_path = data_path.with_name("held_out.jsonl")
-            await asyncio.to_thread(write_jsonl, held_out_path, [sample.to_line() for sample in samples.held_out])
+            await asyncio.to_thread(_write_samples, held_out_path, samples.held_out)
         log.info("stage=write model=%s samples=%d held_out=%d data=%s", model_id, len(samples.training), len(samples.held_out), data_path)
-        started = time.monotonic()
-        adapter_path = await self.run_lora_training(
-            data_path, model_id, held_out_path=held_out_path, on_event=on_event, method=samples.method
+        used = dict.fromkeys(str(episode_id) for sample in samples.training for episode_id in sample.episode_ids)
+        plan = RunPlan(
+            id=model_id,
+            created_at=now_ms(),
+            learn_model=learn_model_name,
+            method=samples.method,
+            dataset=samples.dataset,
+            config=self._config.to_dict(),
+            options=self._options.to_dict(),
+            data_sha256=file_sha256(data_path),
+            held_out_sha256=file_sha256(held_out_path) if held_out_path else None,
+            sample_count=len(samples.training),
+            episode_ids=tuple(used),
+            refused=dict(samples.refused or {}),
+            parent=parent,
         )
-        seconds = round(time.monotonic() - started, 3)
-        log_path = data_path.with_name("training.log")
-        model = self._trained_model(model_id, adapter_path, learn_model_name, samples, seconds=seconds, log_path=log_path)
-        LoraModelRegistry(self._config.output_dir).save(model)
-        log.info("stage=done model=%s samples=%d seconds=%.1f adapter=%s", model_id, model.sample_count, seconds, adapter_path)
+        return await self._work_on(RunStore(self._config.data_dir).begin(plan), on_event)
+
+    @classmethod
+    def of_run(cls, run: Run, episode_store: EpisodeStore, *, output_dir: Path, **changes: Any) -> Self:
+        """A trainer that was told what `run` was told, but for `changes`. Raises SettingsError, LoraTrainerError."""
+        plan = run.plan
+        config, options = dict(plan.config), dict(plan.options)
+        for name, value in changes.items():
+            (config if name in config else options)[name] = value
+        config |= {"output_dir": output_dir, "data_dir": run.path.parent}
+        try:
+            return cls(LoraTrainerConfig(**config), episode_store, TrainOptions(**options))
+        except TypeError as error:
+            raise LoraTrainerError(f"run {run.id} was begun by another version of loraloop ({error}); start a new run") from error
+
+    async def resume(self, run: Run, *, force: bool = False, on_event: OnEvent | None = None) -> TrainedModel:
+        """Go on with a run of the same settings (see `of_run`) behind its last checkpoint, to the adapter that it would have become.
+
+        `force` goes on although data, settings, libraries or the machine have changed, to another adapter. Raises LoraTrainerError for
+        a run that is finished, that is being worked on, or that a `train_script` trains; else what `train_samples` raises.
+        """
+        if self._config.train_script is not None:
+            by = f"run {run.id} is trained by {self._config.train_script}"
+            raise LoraTrainerError(f"{by}, which loraloop cannot go on with; start a new run")
+        if run.status.state == "finished":
+            raise LoraTrainerError(f"run {run.id} is finished; its model is {run.id}")
+        if not force:
+            await asyncio.to_thread(run.check_data)
+        return await self._work_on(run, on_event, resume=True, force=force)
+
+    async def _work_on(self, run: Run, on_event: OnEvent | None, *, resume: bool = False, force: bool = False) -> TrainedModel:
+        """From a run that is planned to a model that is recorded; how it ended is in its state, whatever happens."""
+        lease = run.lease
+        try:
+            lease.acquire(f"run {run.id}")
+        except LeaseHeld as error:
+            raise LoraTrainerError(f"another process works on {error}; watch it by `loraloop runs watch {run.id}`") from error
+        with lease.kept():
+            run.move("running")
+            listener = Listener(run, on_event)
+            started = time.monotonic()
+            try:
+                model = self._find_saved(run) if resume else None
+                if model is None:
+                    log_path = run.path / LOG_FILE
+                    paths = Paths.of_run(run, Path(self._config.output_dir), self._parent_folder(run.plan), resume=resume, force=force)
+                    adapter_path = await self._train(paths, log_path, run.plan.method, listener)
+                    model = make_model(run.plan, adapter_path, time.monotonic() - started, log_path, base_model=self._config.base_model)
+                LoraModelRegistry(self._config.output_dir).save(model)
+            except BaseException as error:
+                listener.close(_end_of(error, listener), error)
+                raise
+            listener.close("finished")
+            remove_checkpoints(run)
+        seconds, count = time.monotonic() - started, model.sample_count
+        log.info("stage=done model=%s samples=%d seconds=%.1f adapter=%s", model.id, count, seconds, model.adapter_path)
         return model
+
+    def _find_saved(self, run: Run) -> TrainedModel | None:
+        """The model of a run whose adapter is in place, but was not recorded: its trainer was killed in between."""
+        adapter = Path(self._config.output_dir) / run.id
+        if not adapter.exists():
+            return None
+        check_adapter(adapter, run.path / LOG_FILE, is_ours=True)
+        return make_model(run.plan, adapter, None, run.path / LOG_FILE, base_model=self._config.base_model)
+
+    def _find_parent(self) -> LoraModelId | None:
+        """The model to continue from; its rank and alpha become the configuration's."""
+        wanted = self._options.continue_from
+        if wanted is None:
+            return None
+        if self._config.train_script is not None:
+            raise LoraTrainerError("continue_from is loraloop's own; a train_script is not told of it")
+        parent = LoraModelRegistry(self._config.output_dir).get(wanted)
+        rank, alpha = read_shape(parent.adapter_path)
+        defaults = LoraTrainerConfig()
+        for name, found in (("lora_rank", rank), ("lora_alpha", alpha)):
+            told = getattr(self._config, name)
+            if told not in (found, getattr(defaults, name)):
+                raise SettingsError(f"{name}={told:g}: {parent.id}, which is continued from, has {found:g}; leave it out, or give that")
+        self._config = self._config.replace(lora_rank=rank, lora_alpha=alpha)
+        return parent.id
+
+    def _parent_folder(self, plan: RunPlan) -> Path | None:
+        return None if plan.parent is None else LoraModelRegistry(self._config.output_dir).get(plan.parent).adapter_path
+
+    async def check(self, samples: Samples, *, on_event: OnEvent | None = None) -> None:
+        """Look whether a training on `samples` could start, and train nothing. Raises what stands in its way, all of it at once."""
+        self._check_script()
+        self._find_parent()
+        with tempfile.TemporaryDirectory(prefix="loraloop-check-") as name:
+            folder = Path(name)
+            data_path, held_out_path = folder / "train.jsonl", folder / "held_out.jsonl" if samples.held_out else None
+            _write_samples(data_path, samples.training)
+            if held_out_path is not None:
+                _write_samples(held_out_path, samples.held_out)
+            parent = self._options.continue_from
+            adapter = LoraModelRegistry(self._config.output_dir).get(parent).adapter_path if parent else None
+            output = Path(self._config.output_dir) / LoraModelId.new()
+            argv = build_argv(self._config, self._options, Paths(data_path, output, held_out_path, adapter=adapter), samples.method)
+            listener = Listener(None, on_event)
+            try:
+                await run_process([*argv, "--check"], folder / LOG_FILE, listener.hear_line)
+            except ProcessFailed as error:
+                said = listener.explain(error)
+                raise said if said is not error else LoraTrainerError(error.stderr.strip()) from error
 
     def write_training_data(self, data: Sequence[TrainingData], name: str) -> Path:
         """Write `data_dir/<name>/train.jsonl`, one sample a line; the folder must be new. Raises LoraTrainerError when it is not."""
@@ -164,7 +278,7 @@ class LoraTrainer:
         except OSError as error:
             raise LoraTrainerError(f"the data folder {folder} cannot be made: {error.strerror}; choose another data_dir") from error
         path = folder / "train.jsonl"
-        write_jsonl(path, [sample.to_line() for sample in data])
+        _write_samples(path, data)
         return path
 
     async def run_lora_training(
@@ -182,9 +296,13 @@ class LoraTrainer:
         otherwise or leaves no adapter. What a failed process left behind is moved to `<adapter_name>.failed`, so that nothing looks
         finished that is not.
         """
-        self._check_script()
         _check_name(adapter_name)
         output = Path(self._config.output_dir) / adapter_name
+        return await self._train(Paths(data_path, output, held_out_path), data_path.with_name(LOG_FILE), method, Listener(None, on_event))
+
+    async def _train(self, paths: Paths, log_path: Path, method: Method, listener: Listener) -> Path:
+        self._check_script()
+        output = paths.output
         failed = output.with_name(output.name + ".failed")
         if output.exists() or failed.exists():
             raise LoraTrainerError(f"{output if output.exists() else failed} exists already; a run never writes over another's adapter")
@@ -192,104 +310,23 @@ class LoraTrainer:
             output.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise LoraTrainerError(f"the folder {output.parent} cannot be made: {error.strerror}; choose another output_dir") from error
-        log_path = data_path.with_name("training.log")
-        argv = self._argv(data_path, output, held_out_path, method)
-        log.info("stage=train model=%s script=%s log=%s", adapter_name, self._config.train_script or "loraloop.train", log_path)
-        empty: list[TrainingEvent] = []
-
-        def hear(event: TrainingEvent) -> None:
-            if event.event == "empty":
-                empty.append(event)
-            elif on_event is not None:
-                on_event(event)
-
+        argv = build_argv(self._config, self._options, paths, method)
+        log.info("stage=train model=%s script=%s log=%s", output.name, self._config.train_script or "loraloop.train", log_path)
         try:
-            await run_process(argv, log_path, lambda line: _hear(line, hear))
-            self._check_adapter(output, log_path)
+            await run_process(argv, log_path, listener.hear_line, listener.started)
+            check_adapter(output, log_path, is_ours=self._config.train_script is None)
         except BaseException as error:
             if output.exists():
                 output.rename(failed)
-            if isinstance(error, ProcessFailed) and empty:
-                raise EmptyData(empty[-1].message or "nothing to train on", empty[-1].refused) from error
+            if isinstance(error, ProcessFailed):
+                raise listener.explain(error) from error
             raise
         return output
-
-    def _argv(self, data_path: Path, output: Path, held_out_path: Path | None, method: Method) -> list[str]:
-        config = self._config
-        python = str(config.python_path or sys.executable)
-        script = [str(config.train_script)] if config.train_script is not None else ["-m", "loraloop.train"]
-        own: list[str] = []
-        if config.train_script is None:
-            own = self._options.to_argv(method) + (["--held-out", str(held_out_path)] if held_out_path else [])
-        contract = {
-            "--data": data_path,
-            "--output": output,
-            "--model": config.base_model,
-            "--rank": config.lora_rank,
-            "--alpha": _plain_number(config.lora_alpha),
-            "--dropout": _plain_number(config.lora_dropout),
-            "--epochs": config.epochs,
-            "--batch-size": config.batch_size,
-            "--grad-accum": config.gradient_accumulation,
-            "--lr": _plain_number(config.learning_rate),
-            "--max-seq-length": config.max_seq_length,
-        }
-        return [python, *script, *(str(part) for pair in contract.items() for part in pair), *own]
 
     def _check_script(self) -> None:
         script = self._config.train_script
         if script is not None and not Path(script).is_file():
             raise ScriptNotFound(script)
-
-    def _check_adapter(self, output: Path, log_path: Path) -> None:
-        """A folder with something in it from a script, PEFT's two files from our own process; the model's record comes from us."""
-        if (output / MODEL_FILE).exists():
-            reason = f"the training process wrote {MODEL_FILE} into {output}; that is the name of loraloop's own record, choose another"
-            raise ProcessFailed(0, "", log_path, reason)
-        needed = ["adapter_config.json", "adapter_model.safetensors"] if self._config.train_script is None else ["*"]
-        for pattern in needed:
-            if not any(file.is_file() and file.stat().st_size for file in output.glob(pattern)):
-                missing = "adapter" if pattern == "*" else pattern
-                raise ProcessFailed(0, "", log_path, f"the training process ended well (exit 0) but wrote no {missing} into {output}")
-
-    def _trained_model(
-        self, model_id: LoraModelId, adapter_path: Path, learn_model_name: str, samples: Samples, *, seconds: float, log_path: Path
-    ) -> TrainedModel:
-        record = _load_record(adapter_path / RECORD_FILE)
-        used = list(dict.fromkeys(str(episode_id) for sample in samples.training for episode_id in sample.episode_ids))
-        refused = Counter(samples.refused or {})
-        sample_count = len(samples.training)
-        metrics = TrainingMetrics(training_time_secs=seconds)
-        if record is not None:
-            used, sample_count = record.used_episode_ids, record.samples_trained
-            refused.update(record.data.refused)
-            metrics = TrainingMetrics(
-                final_loss=record.final_loss,
-                training_time_secs=seconds,
-                gpu_memory_mb=record.gpu_memory_mb,
-                peak_memory_mb=record.peak_memory_mb,
-                n_tokens=record.data.n_tokens,
-                n_supervised_tokens=record.data.n_supervised_tokens,
-                held_out_loss_before=record.held_out_loss_before,
-                held_out_loss_after=record.held_out_loss_after,
-                held_out_accuracy_before=record.held_out_accuracy_before,
-                held_out_accuracy_after=record.held_out_accuracy_after,
-            )
-        return TrainedModel(
-            id=model_id,
-            base_model=self._config.base_model,
-            adapter_path=adapter_path,
-            learn_model_name=learn_model_name,
-            episode_ids=tuple(EpisodeId.parse(episode_id) for episode_id in used),
-            sample_count=sample_count,
-            created_at=now_ms(),
-            metrics=metrics,
-            base_sha256=record.base_sha256 if record else None,
-            dataset=samples.dataset,
-            method=samples.method,
-            refused=dict(sorted(refused.items())),
-            log_path=log_path,
-        )
 
 
 def training_data_to_json(sample: TrainingData) -> str:
@@ -326,30 +363,23 @@ def _check_name(name: str) -> None:
         raise LoraTrainerError(f"{name!r} is no name for a folder; use a LoraModelId")
 
 
-def _hear(line: str, on_event: OnEvent) -> None:
-    """Pass on what is an event; anything else on stdout is log."""
-    if not line.startswith("{"):
-        log.debug("child %s", line)
-        return
+def _write_samples(path: Path, samples: Sequence[TrainingData]) -> None:
+    """One a line. Raises LoraTrainerError when they cannot be written, and then the folder is as if it had never been."""
     try:
-        event = TrainingEvent.model_validate(json.loads(line))
-    except (ValueError, RecursionError):  # also pydantic's ValidationError: a script's own JSON
-        log.debug("child %s", line)
-        return
-    on_event(event)
+        write_jsonl(path, [sample.to_line() for sample in samples])
+    except OSError as error:
+        shutil.rmtree(path.parent, ignore_errors=True)
+        what = f"the training data cannot be written to {path}: {error.strerror}"
+        raise LoraTrainerError(f"{what}; make room, or choose another data_dir") from error
 
 
-def _load_record(path: Path) -> TrainingRecord | None:
-    """The training record, None when the script wrote none that we understand."""
-    try:
-        return TrainingRecord.model_validate_json(path.read_bytes())
-    except (OSError, ValidationError):
-        return None
-
-
-def _plain_number(value: float) -> str:
-    """Shortest decimal text without an exponent: 32.0 is `32`, 2e-4 is `0.0002`."""
-    return format(Decimal(repr(float(value))).normalize(), "f")
+def _end_of(error: BaseException, listener: Listener) -> RunState:
+    """The state of a run that ended with `error`."""
+    if isinstance(error, TrainingStopped) or listener.stopped_at is not None:
+        return "stopped"
+    if isinstance(error, ProcessFailed) and error.signal_name is not None:
+        return "interrupted"
+    return "failed" if isinstance(error, Exception) and not isinstance(error, asyncio.CancelledError) else "interrupted"
 
 
 def _describe(episode_filter: EpisodeFilter | None) -> str:

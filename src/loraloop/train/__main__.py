@@ -9,21 +9,31 @@ from collections.abc import Sequence
 
 from loraloop.base_model import tune_process
 from loraloop.errors import EmptyData, LoraLoopError
-from loraloop.train.arguments import parse_arguments
+from loraloop.train.arguments import TrainArguments, parse_arguments
 from loraloop.train.progress import emit
+from loraloop.train.stop import Stop, StopAsked
 from loraloop.training_record import TrainingEvent
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code 0 when the adapter is saved; 1 with one clear message on stderr when it cannot be."""
+    """Exit code 0 when the adapter is saved; 1 with one clear message on stderr when it cannot be; 128 + n when signal n ended it."""
     arguments = parse_arguments(argv)
+    stop = Stop()
+    try:
+        with stop.listening():
+            return _train(arguments, stop)
+    except StopAsked:
+        return 128 + (stop.signal or 0)
+
+
+def _train(arguments: TrainArguments, stop: Stop) -> int:
     keeps_memory = tune_process()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # meant for peft; it would stand in every error
     from loraloop.train.run import run  # torch only loads once the arguments are known to be right
 
     try:
-        run(arguments, emit, keeps_memory=keeps_memory)
+        run(arguments, emit, stop=stop, keeps_memory=keeps_memory)
     except (LoraLoopError, OSError, ValueError) as error:
         if isinstance(error, EmptyData):
             emit(TrainingEvent(event="empty", message=error.message, refused=error.refused))

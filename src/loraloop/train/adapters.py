@@ -45,13 +45,13 @@ class FusedLinear:
                 n_ranks = self.adapters[-1].ranks.stop
             n_outputs += base.out_features
         weight = bases[0].weight
-        self.weight = torch.zeros(n_outputs, self.n_inputs + n_ranks, dtype=weight.dtype)  # (outputs, inputs + ranks)
-        self.a = torch.zeros(n_ranks, self.n_inputs, dtype=weight.dtype)  # (ranks, inputs), scaled
+        self.weight = torch.zeros(n_outputs, self.n_inputs + n_ranks, dtype=weight.dtype, device=weight.device)  # (outputs, inputs + ranks)
+        self.a = torch.zeros(n_ranks, self.n_inputs, dtype=weight.dtype, device=weight.device)  # (ranks, inputs), scaled
         precise = torch.promote_types(weight.dtype, torch.float32)
-        self._d_a = torch.zeros(n_ranks, self.n_inputs, dtype=precise)
-        self._d_b = torch.zeros(n_ranks, n_outputs, dtype=precise)
+        self._d_a = torch.zeros(n_ranks, self.n_inputs, dtype=precise, device=weight.device)
+        self._d_b = torch.zeros(n_ranks, n_outputs, dtype=precise, device=weight.device)
         """Only the blocks of an adapter's own ranks and outputs are of use."""
-        self.bias = _join_biases(bases, weight.dtype)
+        self.bias = _join_biases(bases, weight)
         self.width = self.weight.shape[1]
         """Columns of a filled input."""
         at = 0
@@ -170,10 +170,10 @@ def _adapter(module: nn.Module, first_output: int, first_rank: int) -> Adapter:
     return Adapter(a, b, scaling, dropout, slice(first_output, first_output + b.shape[0]), slice(first_rank, first_rank + a.shape[0]))
 
 
-def _join_biases(bases: Sequence[nn.Linear], dtype: torch.dtype) -> torch.Tensor | None:
+def _join_biases(bases: Sequence[nn.Linear], like: torch.Tensor) -> torch.Tensor | None:
     if all(base.bias is None for base in bases):
         return None
-    return torch.cat([torch.zeros(base.out_features, dtype=dtype) if base.bias is None else base.bias.detach() for base in bases])
+    return torch.cat([like.new_zeros(base.out_features) if base.bias is None else base.bias.detach() for base in bases])
 
 
 def _gradient(parameter: nn.Parameter) -> torch.Tensor:

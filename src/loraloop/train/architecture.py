@@ -149,7 +149,7 @@ def _find_model_obstacle(config: Any) -> str | None:
 
 def _find_head_obstacle(causal: Any) -> str | None:
     head = causal.get_output_embeddings()
-    if head.weight.device.type != "cpu":
+    if head.weight.device.type not in ("cpu", "meta"):  # meta: a model without weights, to plan with
         return "it is not on the CPU"
     if type(head) is not nn.Linear or head.bias is not None:
         return "its head is not a plain linear layer"

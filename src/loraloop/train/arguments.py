@@ -49,6 +49,16 @@ class TrainArguments:
     loss: PreferenceLoss
     desirable_weight: float
     undesirable_weight: float
+    adapter: Path | None
+    checkpoints: Path | None
+    checkpoint_every: int | None
+    resume: bool
+    force: bool
+    time_limit: float | None
+    eval_every: int | None
+    early_stop: int | None
+    wait: bool
+    check: bool
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> TrainArguments:
@@ -75,6 +85,18 @@ def parse_arguments(argv: Sequence[str] | None = None) -> TrainArguments:
             (0 < weight < math.inf, f"--{name}-weight {weight:g}: expected a finite number above 0")
             for name, weight in (("desirable", arguments.desirable_weight), ("undesirable", arguments.undesirable_weight))
         ),
+        *(
+            (value is None or 0 < value < math.inf, f"--{name} {value}: expected more than 0")
+            for name, value in (
+                ("checkpoint-every", arguments.checkpoint_every),
+                ("time-limit", arguments.time_limit),
+                ("eval-every", arguments.eval_every),
+                ("early-stop", arguments.early_stop),
+            )
+        ),
+        (arguments.checkpoints is not None or not arguments.resume, "--resume: say of which --checkpoints"),
+        (arguments.held_out is not None or arguments.early_stop is None, "--early-stop: give --held-out samples to stop by"),
+        (arguments.adapter is None or arguments.adapter.is_dir(), f"--adapter {arguments.adapter}: no such folder"),
         (arguments.data.is_file(), f"--data {arguments.data}: no such file"),
         (arguments.held_out is None or arguments.held_out.is_file(), f"--held-out {arguments.held_out}: no such file"),
     ):
@@ -122,5 +144,15 @@ def _parser() -> argparse.ArgumentParser:
     own.add_argument("--loss", choices=get_args(PreferenceLoss), default="sigmoid", help="dpo: the loss of a pair (sigmoid)")
     own.add_argument("--desirable-weight", type=float, default=1.0, help="kto: of a desirable sample's loss (1)")
     own.add_argument("--undesirable-weight", type=float, default=1.0, help="kto: of an undesirable sample's loss (1)")
+    own.add_argument("--adapter", type=Path, help="train on from this adapter, instead of from a fresh one; rank and alpha must be its own")
+    own.add_argument("--time-limit", type=float, help="seconds after which no further step is begun; the adapter is saved as it is then")
+    own.add_argument("--eval-every", type=int, help="steps between measurements on --held-out (with --early-stop a tenth of all)")
+    own.add_argument("--early-stop", type=int, help="end with the best adapter after this many measurements without a lower held-out loss")
+    own.add_argument("--checkpoints", type=Path, help="a folder for checkpoints; without one a training that is killed begins anew")
+    own.add_argument("--checkpoint-every", type=int, help="steps between checkpoints (as often as takes 1 %% of the time)")
+    own.add_argument("--resume", action="store_true", help="go on behind the newest whole checkpoint, to the very same adapter")
+    own.add_argument("--force", action="store_true", help="with --resume: although data, settings, versions or machine have changed")
+    own.add_argument("--wait", action="store_true", help="wait while another training uses the device")
+    own.add_argument("--check", action="store_true", help="only look whether the training can start, and what it would take")
     own.add_argument("--verify", action="store_true", help="compute the first step with both engines, and stop when they differ")
     return parser

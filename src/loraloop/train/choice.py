@@ -22,11 +22,13 @@ from loraloop.train import loop
 from loraloop.train.architecture import find_obstacle, read_architecture
 from loraloop.train.arguments import TrainArguments
 from loraloop.train.arithmetic import choose_arithmetic
+from loraloop.train.buffers import Keep
 from loraloop.train.dense import MICRO_BATCH_TOKENS, DenseEngine
-from loraloop.train.engine import TreeEngine
-from loraloop.train.memory import Load, free_bytes, make_plan
+from loraloop.train.engine import Plan, TreeEngine
+from loraloop.train.memory import Load, check_plan, free_bytes, make_plan
 from loraloop.train.objectives import Desirability, Engine, Likelihood, Objective, Preference, put_elsewhere
-from loraloop.train.reference import open_reference
+from loraloop.train.parent import adapter_hash
+from loraloop.train.reference import Origin, open_reference
 from loraloop.train.tree import Floats
 from loraloop.training_record import TrainingEvent
 
@@ -36,15 +38,27 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 5e-4, torch.bfloat16: 0.1}
 """Relative difference of all gradients that two engines may have by rounding alone (docs/lab-book.md has what they do have)."""
 
 
-def open_engine(model: Any, load: Load, arguments: TrainArguments, emit: Emit) -> Engine:
-    """The engine for `model`, to compute `load`. Raises LoraTrainerError when that cannot be done within the memory limit."""
+def open_engine(model: Any, load: Load, arguments: TrainArguments, emit: Emit, earlier: dict[str, int] | None = None) -> Engine:
+    """The engine for `model`, to compute `load`, by the plan of an `earlier` process of the same run where there was one.
+
+    Raises LoraTrainerError when that cannot be done within the memory limit.
+    """
     if arguments.engine == "tree":
         obstacle = find_obstacle(model)
         if obstacle is None:
-            return _open_tree(model, load, arguments, emit)
+            return _open_tree(model, load, arguments, emit, earlier)
         emit(TrainingEvent(event="warning", message=f"every sample is computed by itself (dense engine): {obstacle}"))
-    use_checkpointing(model, load, arguments, emit)
+    use_checkpointing(model, load, arguments, emit, earlier)
     return DenseEngine(model, arguments.batch_size)
+
+
+def describe_plan(engine: Engine) -> dict[str, int]:
+    """What another process needs to know to compute in the same order, and so round alike."""
+    if isinstance(engine, TreeEngine):
+        plan = engine.plan
+        return {"block_rows": plan.block_rows, "keep": int(plan.keep), "path_rows": plan.path_rows, "whole_rows": plan.whole_rows}
+    model = engine.model if isinstance(engine, DenseEngine) else None
+    return {"recomputes": int(getattr(model, "is_gradient_checkpointing", False))}
 
 
 @dataclass(frozen=True)
@@ -85,15 +99,20 @@ def _list_used(units: Sequence[Unit], arguments: TrainArguments) -> list[Unit]:
 
 
 def open_objectives(engine: Engine, data: Data, arguments: TrainArguments, base_sha256: str, emit: Emit) -> tuple[Objective, Objective]:
-    """What to train, and the same to measure on held-out tasks; for dpo and kto the base model measures their rows first."""
+    """What to train, and the same to measure on held-out tasks; for dpo and kto the reference measures their rows first.
+
+    That is the base model, or the adapter that is trained on, which the model has when this is called.
+    """
     if arguments.method in ("sft", "weighted"):
         return Likelihood(), Likelihood()
     both = (_list_used(data.units, arguments), data.elsewhere), (data.measured, data.measured_elsewhere)
     rows = [row for units, others in both for unit in units for row in _list_rows(unit, others)]
     window = arguments.batch_size * arguments.grad_accum
-    origin = f"{base_sha256} {_describe_numbers(engine)}"
+    parent = adapter_hash(arguments.adapter)
+    origin = f"{base_sha256} {parent or ''} {_describe_numbers(engine)}"
     cache = cache_directory() / "reference"
-    reference = open_reference(engine, rows, cache, origin, emit, chunk_tokens=data.load(window).largest)
+    whose = Origin(origin, has_adapter=parent is not None)
+    reference = open_reference(engine, rows, cache, whose, emit, chunk_tokens=data.load(window).largest)
     if arguments.method == "dpo":
         preference = Preference(reference, arguments.beta, arguments.loss)
         return preference, preference
@@ -199,23 +218,32 @@ def _gradient(model: Any, work: Callable[[], Floats]) -> tuple[Floats, torch.Ten
     return losses, vector
 
 
-def _open_tree(model: Any, load: Load, arguments: TrainArguments, emit: Emit) -> TreeEngine:
+def _open_tree(model: Any, load: Load, arguments: TrainArguments, emit: Emit, earlier: dict[str, int] | None) -> TreeEngine:
     architecture = read_architecture(model)
     arithmetic, why_not = choose_arithmetic(architecture.dtype, architecture.head_sizes)
-    plan, words = make_plan(architecture, load, arguments.max_memory)
+    if earlier and "block_rows" in earlier:
+        plan = Plan(earlier["block_rows"], Keep(earlier["keep"]), earlier["path_rows"], earlier["whole_rows"])
+        words = check_plan(architecture, plan, load, arguments.max_memory)
+    else:
+        plan, words = make_plan(architecture, load, arguments.max_memory)
     kernels = arithmetic.name + (f" ({why_not})" if why_not else "")
     emit(TrainingEvent(event="note", message=f"tree engine, kernels: {kernels}; {words}"))
     return TreeEngine(architecture, plan, arithmetic, arguments.seed)
 
 
-def use_checkpointing(model: Any, load: Load, arguments: TrainArguments, emit: Emit) -> None:
-    """Recompute activations in the dense engine's backward pass when keeping them would take more than half of what is there."""
+def use_checkpointing(model: Any, load: Load, arguments: TrainArguments, emit: Emit, earlier: dict[str, int] | None = None) -> None:
+    """Recompute activations in the dense engine's backward pass when keeping them would take more than half of what is there.
+
+    An `earlier` process of the same run has decided already.
+    """
     config = model.get_base_model().config
     hidden, layers = config.hidden_size, config.num_hidden_layers
     width = getattr(config, "intermediate_size", 4 * hidden) or 4 * hidden
     n_bytes = layers * 4 * (18 * hidden + 5 * width)  # kept by PEFT's forward for one token, in float32 (docs/lab-book.md)
     need = n_bytes * min(arguments.batch_size * load.longest, max(load.longest, MICRO_BATCH_TOKENS))
     free = arguments.max_memory or free_bytes()
-    if free is not None and need > free // 2:
+    recomputes = free is not None and need > free // 2
+    if bool(earlier["recomputes"]) if earlier and "recomputes" in earlier else recomputes:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        emit(TrainingEvent(event="note", message=f"recomputing activations: keeping them would take {need >> 20} of {free >> 20} MB"))
+        of = f" of {free >> 20}" if free is not None else ""
+        emit(TrainingEvent(event="note", message=f"recomputing activations: keeping them would take {need >> 20}{of} MB"))

@@ -1,7 +1,7 @@
 """The training loop: LoRA with AdamW over windows of units, whatever the objective and whatever engine computes its gradient.
 
 The gradient of a step is that of the objective over the whole accumulation window. Order of units, initial adapter and dropout follow
-from the seed alone.
+from the seed alone, so a training that begins again behind a checkpoint takes the same steps as one that was never ended.
 """
 
 from __future__ import annotations
@@ -10,15 +10,17 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from loraloop.chat.rows import Unit
 from loraloop.errors import LoraTrainerError
-from loraloop.train.objectives import Engine, Objective
+from loraloop.train.objectives import Engine, Measure, Objective
 from loraloop.training_record import TrainingEvent
+
+EndedBy = Literal["steps", "time_limit", "early_stop"]
 
 
 @dataclass(frozen=True)
@@ -35,18 +37,45 @@ class LoopSettings:
     seed: int
 
 
-@dataclass(frozen=True)
+@dataclass
 class History:
-    """What a training did."""
+    """What a training has done so far."""
 
-    losses: list[tuple[int, float]]
+    step: int = 0
+    """Optimizer steps taken."""
+    losses: list[tuple[int, float]] = field(default_factory=list)
     """(step, loss) for every step."""
-    n_logical: int
+    n_logical: int = 0
     """Tokens of all samples of all steps."""
-    n_computed: int
+    n_computed: int = 0
     """Tokens that the engine computed for them."""
-    used: frozenset[int]
+    used: set[int] = field(default_factory=set)
     """Indices of the units that were in at least one step; a training that ends early has not seen all."""
+    seconds: float = 0.0
+    """Of all steps."""
+    held_out: list[tuple[int, float]] = field(default_factory=list)
+    """(step, held-out loss) where it was measured on the way."""
+    best_step: int | None = None
+    """The step with the lowest of these."""
+    ended_by: EndedBy | None = None
+
+
+class Keeper:
+    """Hears of every step, and decides whether it was the last; this one keeps nothing. See `train.keeper`."""
+
+    def __init__(self) -> None:
+        self.history = History()
+        """Of all processes that worked on the training; the loop goes on behind it."""
+
+    def begin_step(self) -> None:
+        """What a step draws at random comes from here."""
+
+    def protected(self) -> AbstractContextManager[None]:
+        """The part of a step that is done whole or not at all."""
+        return nullcontext()
+
+    def end_step(self) -> None:
+        """A step has been taken and is in the history; may say there that it was the last."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +85,8 @@ class Run:
     model: Any
     engine: Engine
     objective: Objective
+    optimizer: Any = None
+    """AdamW over the adapter, as `new_optimizer` gives it; None is a new one."""
 
 
 def new_adapter(model: Any, rank: int, alpha: float, dropout: float, seed: int) -> Any:
@@ -70,51 +101,86 @@ def new_adapter(model: Any, rank: int, alpha: float, dropout: float, seed: int) 
     return peft.get_peft_model(model, config)
 
 
-def train(run: Run, units: Sequence[Unit], settings: LoopSettings, emit: Callable[[TrainingEvent], None]) -> History:
-    """Train the adapter of the run's model in place.
+def new_optimizer(model: Any) -> Any:
+    """AdamW over the adapter's matrices, without weight decay; the loop sets its rate."""
+    import torch
+
+    return torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad], weight_decay=0.0)
+
+
+def train(
+    run: Run, units: Sequence[Unit], settings: LoopSettings, emit: Callable[[TrainingEvent], None], keeper: Keeper | None = None
+) -> History:
+    """Train the adapter of the run's model in place, from where the keeper's history ends.
 
     Raises LoraTrainerError at a loss or gradient that is not finite, naming the step and where its units came from.
     """
     import torch
 
-    parameters = [parameter for parameter in run.model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=0.0)
+    keeper = keeper or Keeper()
+    history = keeper.history
+    optimizer = run.optimizer or new_optimizer(run.model)
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     steps = count_steps(len(units), settings)
-    losses: list[tuple[int, float]] = []
-    used: set[int] = set()
-    started, n_tokens, n_computed = time.monotonic(), 0, 0
-    torch.manual_seed(settings.seed)
+    pace = _Pace(history, steps)
+    if history.step == 0:
+        torch.manual_seed(settings.seed)
     for step, (epoch, window) in enumerate(windows(len(units), settings, steps), 1):
+        if step <= history.step:
+            continue
+        if history.ended_by is not None:
+            break
         rate = settings.learning_rate * schedule(step - 1, steps, settings.warmup_ratio)
         for group in optimizer.param_groups:
             group["lr"] = rate
         batch = [units[index] for index in window]
+        keeper.begin_step()
         measure = run.objective.backward(run.engine, batch, step)
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm))
         _check_finite(step, measure.loss, norm, batch)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        losses.append((step, measure.loss))
-        used.update(window)
-        n_tokens += sum(unit.n_tokens for unit in batch)
-        n_computed += measure.n_computed
-        seconds = time.monotonic() - started
-        emit(
-            TrainingEvent(
-                event="step",
-                step=step,
-                steps=steps,
-                epoch=epoch,
-                loss=measure.loss,
-                accuracy=measure.accuracy,
-                margin=measure.margin,
-                learning_rate=rate,
-                tokens_per_s=n_tokens / seconds,
-                eta_s=seconds / step * (steps - step),
-                memory_mb=peak_memory_mb(),
-            )
+        with keeper.protected():
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            history.step = step
+            history.losses.append((step, measure.loss))
+            history.used.update(window)
+            n_tokens = sum(unit.n_tokens for unit in batch)
+            history.n_logical += n_tokens
+            history.n_computed += measure.n_computed
+            emit(pace.step_event(n_tokens, epoch=epoch, measure=measure, rate=rate))
+        keeper.end_step()
+    history.ended_by = history.ended_by or "steps"
+    return history
+
+
+class _Pace:
+    """How fast a training goes, in this process."""
+
+    def __init__(self, history: History, steps: int) -> None:
+        self._history = history
+        self._steps = steps
+        self._begun_at, self._seconds_before = history.step, history.seconds
+        self._started, self._n_tokens = time.monotonic(), 0
+
+    def step_event(self, n_tokens: int, *, epoch: int, measure: Measure, rate: float) -> TrainingEvent:
+        """What is told of the step that was taken last."""
+        seconds = time.monotonic() - self._started
+        step = self._history.step
+        self._n_tokens += n_tokens
+        self._history.seconds = self._seconds_before + seconds
+        return TrainingEvent(
+            event="step",
+            step=step,
+            steps=self._steps,
+            epoch=epoch,
+            loss=measure.loss,
+            accuracy=measure.accuracy,
+            margin=measure.margin,
+            learning_rate=rate,
+            tokens_per_s=self._n_tokens / seconds,
+            eta_s=seconds / (step - self._begun_at) * (self._steps - step),
+            memory_mb=peak_memory_mb(),
         )
-    return History(losses, n_tokens, n_computed, frozenset(used))
 
 
 def count_steps(n_units: int, settings: LoopSettings) -> int:

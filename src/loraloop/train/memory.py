@@ -64,14 +64,14 @@ class Load:
         return cls(longest, max(sum(sizes[:window]), sum(len(row.ids) for row in measured)))
 
 
-def make_plan(architecture: Architecture, load: Load, max_memory: int | None) -> tuple[Plan, str]:
+def make_plan(architecture: Architecture, load: Load, max_memory: int | None, *, coming: int = 0) -> tuple[Plan, str]:
     """The fastest plan that stays within `max_memory` bytes of this process (80 % of what is free when None), and words about it.
 
-    Raises LoraTrainerError with the numbers when the longest row cannot be trained within the limit.
+    `coming` are the bytes of weights that are not loaded yet. Raises LoraTrainerError with the numbers when the longest row cannot be
+    trained within the limit.
     """
-    used = resident_bytes() + RUNTIME_BYTES
-    free = free_bytes()
-    limit = max_memory if max_memory is not None else used + int(SHARE_OF_FREE * free) if free is not None else None
+    used, limit = _limit(max_memory)
+    used += coming
     longest, largest = load.longest, load.largest
     for plan in _OPTIONS:
         need = estimate(architecture, plan, longest, largest)
@@ -84,6 +84,25 @@ def make_plan(architecture: Architecture, load: Load, max_memory: int | None) ->
         f"the longest row has {longest} tokens and needs {_mb(used + need.total)} ({parts}, {_mb(need.head)} for the head), "
         f"and the limit is {_mb(limit or 0)}; raise --max-memory, lower max_seq_length, or use a smaller base model"
     )
+
+
+def check_plan(architecture: Architecture, plan: Plan, load: Load, max_memory: int | None) -> str:
+    """Words about a plan that was made earlier. Raises LoraTrainerError with the numbers when there is no room for it now."""
+    used, limit = _limit(max_memory)
+    total = used + estimate(architecture, plan, load.longest, load.largest).total
+    if limit is not None and total > limit:
+        raise LoraTrainerError(
+            f"the training that is gone on with needs {_mb(total)} as it was planned, and the limit is {_mb(limit)}; free memory, raise "
+            "--max-memory, or make a new plan by --force, with which the adapter may differ by rounding"
+        )
+    return _describe(plan, total, limit, load.longest)
+
+
+def _limit(max_memory: int | None) -> tuple[int, int | None]:
+    """(bytes that this process has and torch is about to take, bytes that it may have)."""
+    used = resident_bytes() + RUNTIME_BYTES
+    free = free_bytes()
+    return used, max_memory if max_memory is not None else used + int(SHARE_OF_FREE * free) if free is not None else None
 
 
 def estimate(architecture: Architecture, plan: Plan, longest: int, largest: int) -> Need:

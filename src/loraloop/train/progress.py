@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from pathlib import Path
 
 from loraloop.training_record import TrainingEvent
 
 
 def emit(event: TrainingEvent) -> None:
-    """Write `event`; a parent that has gone away does not stop the training."""
+    """Write `event`; that it cannot be written, since the reader has gone away or a disk is full, does not stop the training."""
+    line = event.model_dump_json(exclude_none=True) + "\n"
     try:
-        sys.stdout.write(event.model_dump_json(exclude_none=True) + "\n")
+        sys.stdout.write(line)
         sys.stdout.flush()
-    except BrokenPipeError:
-        return
+    except OSError:
+        # what was not written stays in the buffer, and would be an error again at the end
+        sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115

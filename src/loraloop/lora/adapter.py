@@ -1,0 +1,88 @@
+"""What a training process has left: whether it is an adapter, and the model that it is recorded as."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from loraloop.episode import EpisodeId, now_ms
+from loraloop.errors import LoraTrainerError, ProcessFailed
+from loraloop.lora.model import TrainedModel, TrainingMetrics
+from loraloop.lora.registry import MODEL_FILE
+from loraloop.lora.runs import RunPlan
+from loraloop.training_record import RECORD_FILE, TrainingRecord
+
+
+def check_adapter(output: Path, log_path: Path, *, is_ours: bool) -> None:
+    """A folder with something in it from a script, PEFT's two files from our own process; the model's record comes from us.
+
+    Raises ProcessFailed when it is not.
+    """
+    if (output / MODEL_FILE).exists():
+        reason = f"the training process wrote {MODEL_FILE} into {output}; that is the name of loraloop's own record, choose another"
+        raise ProcessFailed(0, "", log_path, reason)
+    for pattern in ["adapter_config.json", "adapter_model.safetensors"] if is_ours else ["*"]:
+        if not any(file.is_file() and file.stat().st_size for file in output.glob(pattern)):
+            missing = "adapter" if pattern == "*" else pattern
+            raise ProcessFailed(0, "", log_path, f"the training process ended well (exit 0) but wrote no {missing} into {output}")
+
+
+def make_model(plan: RunPlan, adapter_path: Path, seconds: float | None, log_path: Path, *, base_model: str) -> TrainedModel:
+    """The model that the run of `plan` has become; `seconds` is what its process took, None where its record has to tell."""
+    record = _load_record(adapter_path / RECORD_FILE)
+    used, sample_count = list(plan.episode_ids), plan.sample_count
+    refused = Counter(plan.refused)
+    metrics = TrainingMetrics(training_time_secs=None if seconds is None else round(seconds, 3))
+    if record is not None:
+        used, sample_count = record.used_episode_ids, record.samples_trained
+        refused.update(record.data.refused)
+        metrics = TrainingMetrics(
+            final_loss=record.final_loss,
+            training_time_secs=round(max(seconds or 0.0, record.training_time_secs), 3),
+            gpu_memory_mb=record.gpu_memory_mb,
+            peak_memory_mb=record.peak_memory_mb,
+            n_tokens=record.data.n_tokens,
+            n_supervised_tokens=record.data.n_supervised_tokens,
+            held_out_loss_before=record.held_out_loss_before,
+            held_out_loss_after=record.held_out_loss_after,
+            held_out_accuracy_before=record.held_out_accuracy_before,
+            held_out_accuracy_after=record.held_out_accuracy_after,
+        )
+    return TrainedModel(
+        id=plan.id,
+        base_model=base_model,
+        adapter_path=adapter_path,
+        learn_model_name=plan.learn_model,
+        episode_ids=tuple(EpisodeId.parse(episode_id) for episode_id in used),
+        sample_count=sample_count,
+        created_at=now_ms(),
+        metrics=metrics,
+        base_sha256=record.base_sha256 if record else None,
+        dataset=plan.dataset,
+        method=plan.method,
+        refused=dict(sorted(refused.items())),
+        log_path=log_path,
+        parent=plan.parent,
+        run=plan.id,
+    )
+
+
+def read_shape(adapter: Path) -> tuple[int, float]:
+    """(rank, alpha) of an adapter in PEFT's format. Raises LoraTrainerError when it has none."""
+    try:
+        config = json.loads((adapter / "adapter_config.json").read_bytes())
+        return int(config["r"]), float(config["lora_alpha"])
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        lacks = f"{adapter} has no readable adapter_config.json ({error})"
+        raise LoraTrainerError(f"{lacks}; only a LoRA adapter can be continued from") from error
+
+
+def _load_record(path: Path) -> TrainingRecord | None:
+    """The training record, None when the script wrote none that we understand."""
+    try:
+        return TrainingRecord.model_validate_json(path.read_bytes())
+    except (OSError, ValidationError):
+        return None

@@ -1,0 +1,235 @@
+"""A training that is killed, stopped, or let down by the disk goes on to the very same adapter, or says clearly why it does not."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from faults.trainings import Training, kill, told, wait_until
+
+EVERY_STEP = ("--checkpoint-every=1",)
+N_KILLS = 40
+N_KILLS_INSIDE_SAVING = 10
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory, tiny_model: Callable[[str], Path]) -> tuple[str, float]:
+    """(hash of the adapter, seconds from start to end) of the run that all others must equal."""
+    training = Training(tmp_path_factory.mktemp("uninterrupted") / "run", tiny_model("llama"), EVERY_STEP)
+    assert training.finish() == 0, training.last_words()
+    started = time.monotonic()
+    shutil.rmtree(training.output)
+    shutil.rmtree(training.checkpoints)
+    assert training.finish() == 0, training.last_words()
+    return training.adapter(), time.monotonic() - started
+
+
+@pytest.fixture
+def make(tmp_path: Path, tiny_model: Callable[[str], Path]) -> Callable[..., Training]:
+    def make(name: str = "run", more: tuple[str, ...] = EVERY_STEP, **settings: Any) -> Training:
+        return Training(tmp_path / name, tiny_model("llama"), more, **settings)
+
+    return make
+
+
+def test_two_uninterrupted_trainings_are_equal_with_and_without_checkpoints(make: Any, uninterrupted: tuple[str, float]) -> None:
+    training = make(more=())
+    assert training.finish() == 0, training.last_words()
+    assert training.adapter() == uninterrupted[0]
+
+
+def test_kill_9_at_random_instants_loses_nothing(make: Any, uninterrupted: tuple[str, float], capsys: Any) -> None:
+    expected, seconds = uninterrupted
+    chance = random.Random(5)
+    with told("kill -9 at random instants", capsys) as counts:
+        counts |= {"tried": 0, "after the end": 0, "before a checkpoint": 0, "lost": 0}
+        while counts["tried"] < N_KILLS:
+            training = make(f"run-{counts['tried']}-{counts['after the end']}")
+            process = training.start()
+            time.sleep(chance.uniform(0.0, seconds))
+            if process.exitcode is not None:
+                counts["after the end"] += 1
+                continue
+            kill(process)
+            counts["tried"] += 1
+            counts["before a checkpoint"] += not list(training.checkpoints.glob("step-*"))
+            if training.output.exists():
+                assert training.adapter() == expected, "it was put in place just before"
+                continue
+            code = training.finish("--resume")
+            counts["lost"] += code != 0 or training.adapter() != expected
+            assert counts["lost"] == 0, training.last_words()
+            assert training.leftovers() == []
+
+
+def test_kill_9_inside_saving_loses_nothing(make: Any, uninterrupted: tuple[str, float], capsys: Any) -> None:
+    """Each run is killed several times, as soon as a checkpoint begins to be written."""
+    with told("kill -9 inside saving", capsys) as counts:
+        counts |= {"tried": 0, "lost": 0}
+        while counts["tried"] < N_KILLS_INSIDE_SAVING:
+            training = make(f"run-{counts['tried']}")
+            more: tuple[str, ...] = ()
+            for _ in range(3):
+                process = training.start(*more)
+                more = ("--resume",)
+                training.wait_for_saving(process)
+                kill(process)
+                counts["tried"] += 1
+            if not training.output.exists():
+                assert training.finish("--resume") == 0, training.last_words()
+            counts["lost"] += training.adapter() != uninterrupted[0]
+            assert counts["lost"] == 0
+            assert training.leftovers() == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
+def test_a_signal_saves_a_checkpoint_and_ends(make: Any, uninterrupted: tuple[str, float], number: signal.Signals) -> None:
+    training = make(more=("--checkpoint-every=1000",))
+    process = training.start()
+    wait_until(lambda: len(training.events("step")) >= 3, "three steps")
+    os.kill(process.pid, number)
+    process.join(20)
+    assert process.exitcode == 128 + number
+    (stopped,) = training.events("stopped")
+    assert stopped["step"] == training.events("step")[-1]["step"] >= 3
+    assert [path.name for path in training.checkpoints.glob("step-*")] == [f"step-{stopped['step']:08d}"]
+    assert not training.output.exists()
+    assert training.finish("--resume") == 0, training.last_words()
+    assert training.adapter() == uninterrupted[0]
+    steps = [event["step"] for event in training.events("step")]
+    assert steps == list(range(1, 10)), "no step was taken twice"
+
+
+def test_a_training_that_was_halted_for_a_while_goes_on(make: Any, uninterrupted: tuple[str, float]) -> None:
+    training = make()
+    process = training.start()
+    wait_until(lambda: len(training.events("step")) >= 2, "two steps")
+    os.kill(process.pid, signal.SIGSTOP)
+    time.sleep(0.5)
+    n_steps = len(training.events("step"))
+    time.sleep(0.5)
+    assert len(training.events("step")) == n_steps
+    os.kill(process.pid, signal.SIGCONT)
+    process.join(30)
+    assert process.exitcode == 0, training.last_words()
+    assert training.adapter() == uninterrupted[0]
+
+
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(make: Any, uninterrupted: tuple[str, float]) -> None:
+    training = make(more=("--checkpoint-every=2",))
+    process = training.start()
+    wait_until(lambda: len(training.events("checkpoint")) >= 3, "three checkpoints")
+    kill(process)
+    newest = max(training.checkpoints.glob("step-*"))
+    state = newest / "state.safetensors"
+    data = bytearray(state.read_bytes())
+    data[len(data) // 2] ^= 1
+    state.write_bytes(data)
+    assert training.finish("--resume") == 0, training.last_words()
+    assert training.adapter() == uninterrupted[0]
+    (warning,) = [event["message"] for event in training.events("warning") if "damaged" in event["message"]]
+    assert newest.name in warning
+
+
+def test_with_every_checkpoint_damaged_it_begins_anew(make: Any, uninterrupted: tuple[str, float]) -> None:
+    training = make()
+    process = training.start()
+    wait_until(lambda: len(training.events("checkpoint")) >= 3, "three checkpoints")
+    kill(process)
+    for file in training.checkpoints.glob("step-*/progress.json"):
+        file.write_text("{")
+    assert training.finish("--resume") == 0, training.last_words()
+    assert training.adapter() == uninterrupted[0]
+
+
+def test_changes_are_named_and_refused_unless_forced(make: Any) -> None:
+    training = make()
+    process = training.start()
+    wait_until(lambda: len(training.events("checkpoint")) >= 2, "two checkpoints")
+    kill(process)
+    training.data.write_text(training.data.read_text().replace("it is 7", "it is 8"))
+    assert training.finish("--resume", "--lr=0.02") == 1
+    complaint = training.last_words().splitlines()[-1]
+    assert "data: " in complaint
+    assert "--lr: 0.01 then, 0.02 now" in complaint
+    assert "--force" in complaint
+    assert not training.output.exists()
+    identity = json.loads((training.checkpoints / "identity.json").read_text())
+    identity["facts"]["torch"] = "1.0"
+    (training.checkpoints / "identity.json").write_text(json.dumps(identity))
+    assert training.finish("--resume", "--lr=0.02") == 1
+    assert "torch: 1.0 then" in training.last_words().splitlines()[-1]
+    assert training.finish("--resume", "--lr=0.02", "--force") == 0, training.last_words()
+    assert any("going on by --force" in event["message"] for event in training.events("warning"))
+
+
+def test_checkpoints_of_another_run_are_not_written_over(make: Any) -> None:
+    training = make()
+    assert training.finish() == 0
+    shutil.rmtree(training.output)
+    assert training.finish() == 1
+    assert "say --resume to go on with them" in training.last_words()
+
+
+def test_two_trainings_at_once_on_one_device_are_refused_or_wait(make: Any, uninterrupted: tuple[str, float]) -> None:
+    first, second, third = make("first"), make("second"), make("third")
+    process = first.start()
+    wait_until(lambda: len(first.events("step")) >= 1, "a step")
+    os.kill(process.pid, signal.SIGSTOP)  # it holds the device, however long it does nothing
+    assert second.finish() == 1
+    assert f"the cpu is used by the training of out (process {process.pid})" in second.last_words()
+    waiting = third.start("--wait")
+    wait_until(lambda: any("waiting for" in event.get("message", "") for event in third.events("note")), "the third to wait")
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    waiting.join(30)
+    assert waiting.exitcode == 0, third.last_words()
+    assert third.adapter() == uninterrupted[0]
+    assert first.finish("--resume") == 0, "what a killed process held is taken over"
+
+
+def test_a_base_model_that_is_changed_under_the_run_is_told(make: Any, tmp_path: Path, tiny_model: Callable[[str], Path]) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model("llama"), model)
+    training = Training(tmp_path / "run", model, ("--checkpoint-every=2", "--epochs=100"))
+    process = training.start()
+    wait_until(lambda: len(training.events("checkpoint")) >= 1, "a checkpoint")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-3}))
+    process.join(60)
+    assert process.exitcode == 1
+    assert "was changed while an adapter was trained on it" in training.last_words()
+    assert not training.output.exists()
+
+
+def test_early_stopping_keeps_the_best_adapter_also_when_it_was_killed(make: Any) -> None:
+    more = ("--checkpoint-every=1", "--epochs=40", "--lr=0.2", "--eval-every=2", "--early-stop=2")
+    straight, killed = make("straight", more), make("killed", more)
+    assert straight.finish() == 0, straight.last_words()
+    record = json.loads((straight.output / "training_record.json").read_text())
+    assert record["ended_by"] == "early_stop"
+    assert record["steps"] < 120
+    losses = dict(map(tuple, record["held_out_history"]))
+    assert losses[record["best_step"]] == min(losses.values()) == record["held_out_loss_after"]
+    process = killed.start()
+    wait_until(lambda: len(killed.events("step")) >= 3, "three steps")
+    kill(process)
+    assert killed.finish("--resume") == 0, killed.last_words()
+    assert killed.adapter() == straight.adapter()
+    assert json.loads((killed.output / "training_record.json").read_text())["held_out_history"] == record["held_out_history"]
+
+
+def test_a_time_limit_saves_what_there_is(make: Any) -> None:
+    training = make(more=("--epochs=100000", "--time-limit=1.5"))
+    assert training.finish() == 0, training.last_words()
+    record = json.loads((training.output / "training_record.json").read_text())
+    assert record["ended_by"] == "time_limit"
+    assert 0 < record["steps"] < 300_000
