@@ -140,7 +140,7 @@ def test_a_run_is_stopped_from_another_terminal_and_gone_on_with(place: Path, be
 
 @pytest.mark.parametrize("whom", ["the training", "its parent", "both at once"])
 def test_kill_9_leaves_no_orphan_and_the_run_ends_in_the_same_adapter(place: Path, begun: Any, whom: str) -> None:
-    short = (*TRAIN, "--epochs", "6", "--checkpoint-every", "1", "--seed", "3")
+    short = (*TRAIN, "--epochs", "40", "--checkpoint-every", "1", "--seed", "3")
     expected = sha256(place, json.loads(run(*short, "--json", cwd=place).stdout.splitlines()[-1])["id"])
     parent = begun(*short, "--json")
     running = newest(place, steps=3)

@@ -154,7 +154,7 @@ def test_a_method_is_told_what_it_asks_for() -> None:
         ("max_steps", math.inf, "a whole number >= 1"),
         ("max_memory", 0, "a whole number >= 1"),
         ("engine", "sparse", "tree or dense"),
-        ("long", "cut", "window, elide, refuse"),
+        ("long", "cut", "window, elide or refuse"),
         ("loss", "hinge", "sigmoid or ipo"),
         ("beta", 0, "a finite number > 0"),
         ("beta", math.inf, "a finite number > 0"),

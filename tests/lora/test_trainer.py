@@ -118,7 +118,7 @@ def test_own_process_is_given_the_contract_then_the_options(make_trainer: MakeTr
     held_out = tmp_path / "data" / model.id / "held_out.jsonl"
     assert call[:4] == ["-m", "loraloop.train", "--data", str(held_out.with_name("train.jsonl"))]
     own = "--seed 3 --dtype float32 --engine tree --long window --method sft --max-steps 7 --held-out"
-    assert call[24:] == [*own.split(), str(held_out)]
+    assert call[24:] == [*own.split(), str(held_out), "--checkpoints", str(held_out.with_name("checkpoints"))]
     kept = [json.loads(line)["episode_id"] for line in held_out.read_text().splitlines()]
     assert kept
     assert sorted([*kept, *model.episode_ids]) == [episode_id(n) for n in range(10)]
@@ -219,7 +219,8 @@ def test_a_script_gets_every_sample_and_none_is_held_out(make_trainer: MakeTrain
     episodes = [make_episode(id=episode_id(n), task_id=f"task {n}") for n in range(30)]
     model = make_trainer(WRITE_ADAPTER, episodes).train_sync(ConversationLearn())
     assert model.sample_count == len(model.episode_ids) == 30
-    assert sorted(file.name for file in (tmp_path / "data" / model.id).iterdir()) == ["train.jsonl", "training.log"]
+    kept = ["events.jsonl", "run.json", "state.json", "train.jsonl", "training.log"]
+    assert sorted(file.name for file in (tmp_path / "data" / model.id).iterdir()) == kept
 
 
 # --- what is made of it -----------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import signal
 import subprocess
 import sys
@@ -148,7 +149,18 @@ def test_forty_megabytes_of_output_reach_the_log_and_take_little_memory(make_tra
     assert failure.value.stderr.splitlines()[0] == "x" * 99
     assert failure.value.stderr.endswith(f"yyy … ({10_000_000 - process.MAX_LINE} more characters)")
     assert failure.value.log_path is not None
-    assert failure.value.log_path.stat().st_size == 40_000_000
+    kept = [failure.value.log_path.stat().st_size, failure.value.log_path.with_name("training.log.1").stat().st_size]
+    assert sum(kept) == 40_000_000
+    assert max(kept) <= process.LOG_BYTES
+
+
+def test_a_log_is_bounded_and_holds_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process, "LOG_BYTES", 100_000)
+    script = "for number in range(100_000): print(f'line {number:09d}')"
+    asyncio.run(process.run_process([sys.executable, "-c", script], tmp_path / "log", lambda _: None))
+    before, after = (tmp_path / "log.1").read_text(), (tmp_path / "log").read_text()
+    assert max(len(before), len(after)) <= 100_000
+    assert "".join((before, after)).endswith("line 000099999\n")
 
 
 def test_output_that_is_not_utf8_is_shown_as_far_as_it_goes(make_trainer: MakeTrainer) -> None:
@@ -177,11 +189,17 @@ def test_an_error_of_the_listener_ends_the_script_and_is_raised(make_trainer: Ma
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs the device that is always full")
-def test_a_full_disk_ends_the_script_and_is_told(tmp_path: Path) -> None:
-    script = f"import os, time; print(os.getpid(), file=open({str(tmp_path / 'pid')!r}, 'w'), flush=True); print('x', flush=True); time.sleep(60)"
-    with pytest.raises(OSError, match="No space left on device"):
-        asyncio.run(process.run_process([sys.executable, "-c", script], Path("/dev/full"), lambda _: None))
-    assert not is_running(int((tmp_path / "pid").read_text()))
+def test_a_log_that_cannot_be_written_to_any_more_is_told_and_ends_nothing() -> None:
+    heard: list[str] = []
+    asyncio.run(process.run_process([sys.executable, "-c", "print(1, flush=True); print(2)"], Path("/dev/full"), heard.append))
+    (warning,) = [json.loads(line)["message"] for line in heard if line.startswith("{")]
+    assert warning == "the log /dev/full cannot be written: No space left on device; the training goes on without it"
+    assert [line for line in heard if not line.startswith("{")] == ["1", "2"]
+
+
+def test_a_log_that_cannot_be_made_is_told_before_anything_starts(tmp_path: Path) -> None:
+    with pytest.raises(LoraTrainerError, match="the log .* cannot be written: No such file or directory; nothing was started"):
+        asyncio.run(process.run_process([sys.executable, "-c", ""], tmp_path / "no" / "log", lambda _: None))
 
 
 # --- what cannot be started -------------------------------------------------------------------------------------------------

@@ -61,7 +61,7 @@ def test_episodes_become_an_adapter_with_metrics_and_lineage(
     assert LoraModelRegistry(trainer.config.output_dir).get("latest") == model
     steps = [event for event in heard if event.event == "step"]
     assert [event.step for event in steps] == list(range(1, (len(trained) + 1) // 2 * 3 + 1))
-    assert {event.event for event in heard} == {"note", "data", "held_out", "step", "saved"}
+    assert {event.event for event in heard} == {"note", "data", "held_out", "step", "checkpoint", "saved"}
 
 
 def test_nothing_that_fits_is_empty_data_with_the_reasons(

@@ -101,6 +101,16 @@ def test_every_setting_can_be_given(needed: list[str], tmp_path: Path) -> None:
         "--loss=ipo",
         "--desirable-weight=2",
         "--undesirable-weight=3",
+        f"--adapter={tmp_path}",
+        f"--checkpoints={tmp_path}/checkpoints",
+        "--checkpoint-every=4",
+        "--resume",
+        "--force",
+        "--time-limit=9.5",
+        "--eval-every=2",
+        "--early-stop=3",
+        "--wait",
+        "--check",
     ]
     arguments = parse_arguments([*needed, *given, *own])
     default = parse_arguments(needed)

@@ -151,9 +151,10 @@ class _Child(asyncio.SubprocessProtocol):
         self._hear(self._open[fd], data)
 
     def pipe_connection_lost(self, fd: int, exc: Exception | None) -> None:
-        """One of the two pipes has ended."""
+        """A pipe has ended; that of its standard input, which says nothing, among them."""
         del exc
-        self._hear(self._open.pop(fd), b"", final=True)
+        if fd in self._open:
+            self._hear(self._open.pop(fd), b"", final=True)
         if not self._open:
             self.silent.set()
 

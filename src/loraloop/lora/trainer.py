@@ -316,7 +316,7 @@ class LoraTrainer:
             await run_process(argv, log_path, listener.hear_line, listener.started)
             check_adapter(output, log_path, is_ours=self._config.train_script is None)
         except BaseException as error:
-            if output.exists():
+            if output.exists() and self._config.train_script is not None:  # ours puts a whole adapter in place, or none
                 output.rename(failed)
             if isinstance(error, ProcessFailed):
                 raise listener.explain(error) from error

@@ -56,8 +56,6 @@ def prepare(arguments: TrainArguments, emit: Emit) -> Prepared:
     samples: list[TrainingData] | None = None
     held_out: list[TrainingData] | None = None
     with found.noted():
-        if arguments.output.exists():
-            raise FileExistsError(f"--output {arguments.output} exists already; give a folder that does not exist")
         _check_writable(arguments.output.parent, "--output")
     with found.noted():
         _check_writable(arguments.checkpoints, "--checkpoints")

@@ -42,6 +42,8 @@ def run(arguments: TrainArguments, emit: Emit, *, stop: Stop | None = None, keep
     a LoraLoopError for all else that is foreseen, and StopAsked when `stop` was told.
     """
     started = time.monotonic()
+    if arguments.output.exists():
+        raise FileExistsError(f"--output {arguments.output} exists already; give a folder that does not exist")
     arguments = _without_noise(arguments, emit)
     remove_asides(arguments.output)
     prepared = prepare(arguments, emit)
