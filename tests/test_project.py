@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from models_made import save_model
 
 from loraloop.dataset import MANIFEST_FILE, TRAIN_FILE, DatasetSettings
 from loraloop.episode import EpisodeMetadata
-from loraloop.errors import DatasetError, ImportFailed
+from loraloop.errors import DatasetError, ImportFailed, LoraTrainerError
 from loraloop.project import Project
 from loraloop.testing import make_episode
 
@@ -98,3 +100,38 @@ def test_a_file_that_is_no_episodes_and_is_the_only_one_is_an_error(project: Pro
     (tmp_path / "b.json").write_text('{"some": "settings"}')
     with pytest.raises(ImportFailed, match="no known format fits"):
         list(project.ingest([tmp_path / "b.json"]))
+
+
+# --- models -----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_model_that_a_run_in_progress_continues_from_is_not_deleted(project: Project) -> None:
+    model, other = save_model(project.directory / "models"), save_model(project.directory / "models")
+    run = project.directory / "runs" / "run-1"
+    for folder, text in ((run, json.dumps({"parent": model.id})), (run.with_name("run-2"), "{"), (run.with_name("run-3"), "[]")):
+        folder.mkdir(parents=True)
+        (folder / "run.json").write_text(text)
+        (folder / "state.json").write_text('{"state": "running"}')
+    with pytest.raises(LoraTrainerError, match=f"{model.id} is not deleted: the run run-1, which is in progress, continues from it"):
+        project.delete_model(model.id)
+    assert project.delete_model(other.id) == other.id
+    assert project.list_models() == [model]
+    (run / "state.json").write_text('{"state": "done"}')
+    assert project.delete_model(model.id) == model.id
+    assert project.list_models() == []
+
+
+def test_opening_a_project_sweeps_what_a_deletion_that_was_cut_off_left(project: Project) -> None:
+    models = project.directory / "models"
+    kept, left = save_model(models), save_model(models)
+    left.adapter_path.rename(models / f".{left.id}.deleted")
+    with Project(project.directory) as opened:
+        assert opened.list_models() == [kept]
+        assert [entry.name for entry in models.iterdir()] == [kept.id]
+
+
+def test_a_model_is_moved_by_its_state_and_a_reason(project: Project) -> None:
+    model = save_model(project.directory / "models")
+    assert project.move_model("latest", "held", "few goals").state == project.get_model(model.id).state == "held"
+    with pytest.raises(LoraTrainerError, match="is held and cannot become candidate"):
+        project.move_model("latest", "candidate", "once more")

@@ -6,10 +6,11 @@ adapters and their records.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from loraloop import pipeline
 from loraloop.chat.rows import ACCEPTED
@@ -19,8 +20,9 @@ from loraloop.episode import CONVERSATION, EpisodeFilter
 from loraloop.errors import DatasetError, StoreError
 from loraloop.importers.ingest import IngestReport
 from loraloop.lora.config import LoraTrainerConfig, TrainOptions
-from loraloop.lora.model import TrainedModel
+from loraloop.lora.model import LoraModelId, TrainedModel
 from loraloop.lora.registry import LoraModelRegistry
+from loraloop.lora.states import ModelState
 from loraloop.lora.trainer import OnEvent
 from loraloop.plugins import LearnModel, find
 from loraloop.store.sql import SqlEpisodeStore
@@ -37,6 +39,7 @@ class Project:
             raise StoreError(f"no project in {self.directory} (it has no {database.name}); begin one with `loraloop ingest PATH`")
         self.store = SqlEpisodeStore(database)
         self.registry = LoraModelRegistry(self.directory / "models")
+        self.registry.sweep()
 
     def __enter__(self) -> Self:
         return self
@@ -132,5 +135,30 @@ class Project:
         return self.registry.list_models()
 
     def get_model(self, model_id: str) -> TrainedModel:
-        """The model with this id, or `latest`. Raises LoraTrainerError."""
+        """The model whose id is or begins with `model_id`, or `latest`. Raises LoraTrainerError."""
         return self.registry.get(model_id)
+
+    def move_model(self, model_id: str, state: ModelState | str, reason: str) -> TrainedModel:
+        """Give a model another state. Raises LoraTrainerError for a change that the table of states lacks."""
+        return self.registry.move(model_id, state, reason)
+
+    def delete_model(self, model_id: str) -> LoraModelId:
+        """Remove a model and give its whole id. Raises LoraTrainerError while it is promoted, or something goes on from it."""
+        return self.registry.delete(model_id, self._find_run_from)
+
+    def _find_run_from(self, model_id: LoraModelId) -> str | None:
+        """The run in progress that continues from a model, in words."""
+        for file in sorted((self.directory / "runs").glob("*/run.json")):
+            run, state = _read_object(file), _read_object(file.with_name("state.json"))
+            if run.get("parent") == model_id and state.get("state") == "running":
+                return f"the run {file.parent.name}, which is in progress, continues from it; stop the run first"
+        return None
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """A file's JSON object, empty when there is none."""
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
