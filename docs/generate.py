@@ -1,4 +1,7 @@
-"""Writes docs/reference/: the help of every command, and the defaults of a training. `make docs`; a test compares."""
+"""Writes docs/reference/: the help of every command, the defaults of a training, and the tables that code decides by.
+
+`make docs`; a test compares.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from pathlib import Path
 
 from loraloop.dataset.settings import DatasetSettings
 from loraloop.learn.outcome_rules import OutcomeSettings, to_markdown
+from loraloop.lora import states
 from loraloop.lora.config import LoraTrainerConfig, TrainOptions
 
 REFERENCE = Path(__file__).parent / "reference"
@@ -21,6 +25,7 @@ COMMANDS = [
     ["build"],
     ["train"],
     *([noun, verb] for noun in ("episodes", "datasets", "models") for verb in ("list", "show")),
+    ["models", "delete"],
 ]
 
 
@@ -55,12 +60,22 @@ def outcomes_page() -> str:
     return "\n".join([intro, to_markdown(), "\n| setting | default | |\n|---|---|---|", *_rows(OutcomeSettings), ""])
 
 
+def states_page() -> str:
+    """The states of a model, and which follows which."""
+    intro = (
+        "# States of a model\n\nWritten by `make docs` from `loraloop.lora.states`: what a model can be, and what it may become; any\n"
+        "other change is refused. See [how they are kept](../concepts.md#models-and-their-states).\n"
+    )
+    return f"{intro}\n{states.to_markdown()}\n"
+
+
 def pages() -> dict[Path, str]:
     """What each reference page should hold."""
     return {
         REFERENCE / "cli.md": cli_page(),
         REFERENCE / "settings.md": settings_page(),
         REFERENCE / "outcomes.md": outcomes_page(),
+        REFERENCE / "states.md": states_page(),
     }
 
 

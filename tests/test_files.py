@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from loraloop.files import (
+    append_jsonl,
     canonical_json,
     content_hash,
     file_sha256,
@@ -255,3 +256,42 @@ with new_directory(Path({str(tmp_path / "made")!r})) as folder:
     winner = processes[codes.index(0)].pid
     assert {file.read_text() for file in (tmp_path / "made").iterdir()} == {str(winner)}
     assert names_in(tmp_path) == ["made"]
+
+
+# --- a file that grows by lines ---------------------------------------------------------------------------------------------
+
+
+def test_lines_are_appended_one_below_another(tmp_path: Path) -> None:
+    path = tmp_path / "lines.jsonl"
+    values = [{"b": 1, "a": "é\n"}, {"a": CUT_EMOJI}, []]
+    for value in values:
+        append_jsonl(path, value)
+    assert list(read_jsonl(path)) == values
+    assert path.read_bytes().startswith(b'{"b":1,"a":"\xc3\xa9\\n"}\n')
+    assert stat.S_IMODE(path.stat().st_mode) & 0o444
+
+
+def test_a_last_line_without_its_newline_is_skipped_when_told_so_and_cut_off_by_the_next(tmp_path: Path) -> None:
+    path = tmp_path / "lines.jsonl"
+    path.write_bytes(b'{"a":1}\n{"a":2}')
+    assert list(read_jsonl(path)) == [{"a": 1}, {"a": 2}]
+    assert list(read_jsonl(path, skip_torn=True)) == [{"a": 1}]
+    append_jsonl(path, {"a": 3})
+    assert path.read_bytes() == b'{"a":1}\n{"a":3}\n'
+
+
+def test_a_line_that_does_not_fit_on_the_disk_leaves_the_file_as_it_was(tmp_path: Path) -> None:
+    """A limit on the size of files stands for a full disk: the first part of the line is taken, the rest refused."""
+    path = tmp_path / "lines.jsonl"
+    append_jsonl(path, "before")
+    code = f"""
+import resource, signal
+from pathlib import Path
+from loraloop.files import append_jsonl
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (50, 50))
+append_jsonl(Path({str(path)!r}), "x" * 100)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert "File too large" in done.stderr
+    assert path.read_bytes() == b'"before"\n'

@@ -7,10 +7,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from models_made import save_model
 
 from loraloop.dataset import MANIFEST_FILE, TRAIN_FILE, DatasetSettings
 from loraloop.episode import EpisodeMetadata
-from loraloop.errors import DatasetError, ImportFailed
+from loraloop.errors import DatasetError, ImportFailed, LoraTrainerError
+from loraloop.lora.model import LoraModelId
+from loraloop.lora.runs import RunPlan
 from loraloop.project import Project
 from loraloop.testing import make_episode
 
@@ -98,3 +101,61 @@ def test_a_file_that_is_no_episodes_and_is_the_only_one_is_an_error(project: Pro
     (tmp_path / "b.json").write_text('{"some": "settings"}')
     with pytest.raises(ImportFailed, match="no known format fits"):
         list(project.ingest([tmp_path / "b.json"]))
+
+
+# --- models -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("state", ["running", "stopped", "interrupted"])
+def test_a_model_that_an_unfinished_run_continues_from_is_not_deleted(project: Project, state: str) -> None:
+    model, other = save_model(project.directory / "models"), save_model(project.directory / "models")
+    plan = RunPlan(
+        id=LoraModelId.new(),
+        created_at=1,
+        learn_model="conversation",
+        method="sft",
+        dataset=None,
+        config={},
+        options={},
+        data_sha256="",
+        held_out_sha256=None,
+        sample_count=1,
+        episode_ids=(),
+        parent=model.id,
+    )
+    run = project.runs.begin(plan)
+    run.lease.acquire("this test")
+    run.move("running")
+    if state == "stopped":
+        run.move("stopped")
+    if state == "interrupted":
+        (run.path / "lease.json").unlink()
+    with pytest.raises(LoraTrainerError, match=f"{model.id} is not deleted: the run {run.id}, which is {state}, continues from it"):
+        project.delete_model(model.id)
+    assert project.delete_model(other.id) == other.id
+    assert project.list_models() == [model]
+
+
+def test_a_model_that_a_finished_run_continued_from_is_kept_by_its_child_alone(project: Project) -> None:
+    model = save_model(project.directory / "models")
+    child = save_model(project.directory / "models", parent=model.id)
+    with pytest.raises(LoraTrainerError, match=f"{child.id} went on from it"):
+        project.delete_model(model.id)
+    assert project.delete_model(child.id) == child.id
+    assert project.delete_model(model.id) == model.id
+
+
+def test_opening_a_project_sweeps_what_a_deletion_that_was_cut_off_left(project: Project) -> None:
+    models = project.directory / "models"
+    kept, left = save_model(models), save_model(models)
+    left.adapter_path.rename(models / f".{left.id}.deleted")
+    with Project(project.directory) as opened:
+        assert opened.list_models() == [kept]
+        assert [entry.name for entry in models.iterdir()] == [kept.id]
+
+
+def test_a_model_is_moved_by_its_state_and_a_reason(project: Project) -> None:
+    model = save_model(project.directory / "models")
+    assert project.move_model("latest", "held", "few goals").state == project.get_model(model.id).state == "held"
+    with pytest.raises(LoraTrainerError, match="is held and cannot become candidate"):
+        project.move_model("latest", "candidate", "once more")

@@ -7,6 +7,7 @@ cache, in float32, so that what is trained is what llama.cpp serves. Everything 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import json
 import os
@@ -17,7 +18,7 @@ from typing import Any, Literal
 
 from loraloop.episode import Frozen
 from loraloop.errors import BaseModelError
-from loraloop.files import file_sha256, hash_files, new_directory
+from loraloop.files import file_sha256, new_directory
 
 Dtype = Literal["auto", "float32", "bfloat16"]
 
@@ -247,7 +248,10 @@ def _hash_folder(folder: Path, base: str) -> str:
             f"base model {base!r}: the folder needs config.json and *.safetensors, and holds {found} "
             f"(pickled weights, .bin and .pt, are not read); {_WAYS}"
         )
-    return hash_files([folder / "config.json", *weights])
+    digest = hashlib.sha256()
+    for file in [folder / "config.json", *weights]:
+        digest.update(f"{file.name} {file_sha256(file)}\n".encode())
+    return digest.hexdigest()
 
 
 @contextlib.contextmanager

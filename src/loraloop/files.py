@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -38,12 +38,10 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def hash_files(paths: Iterable[Path]) -> str:
-    """SHA-256 over the names and hashes of files, in their order."""
-    digest = hashlib.sha256()
-    for path in paths:
-        digest.update(f"{path.name} {file_sha256(path)}\n".encode())
-    return digest.hexdigest()
+def hash_listing(hashes: Mapping[str, str]) -> str:
+    """SHA-256 over a line `<hash>  <name>` for each file, in the order of the names: what `sha256sum FILE… | sha256sum` says."""
+    lines = "".join(f"{sha256}  {name}\n" for name, sha256 in sorted(hashes.items()))
+    return hashlib.sha256(lines.encode()).hexdigest()
 
 
 def write_atomic(path: Path, text: str, *, durable: bool = True) -> None:
@@ -65,7 +63,7 @@ def write_atomic(path: Path, text: str, *, durable: bool = True) -> None:
         Path(aside).unlink(missing_ok=True)
         raise
     if durable:
-        _sync(path.parent)
+        sync(path.parent)
 
 
 def write_json(path: Path, value: object) -> None:
@@ -83,11 +81,14 @@ def write_jsonl(path: Path, rows: Iterable[object]) -> None:
     write_atomic(path, "".join(json_line(row) + "\n" for row in rows))
 
 
-def read_jsonl(path: Path) -> Iterator[Any]:
-    """The values of a JSON Lines file, in order, blank lines skipped; raises ValueError naming the file and line."""
+def read_jsonl(path: Path, *, skip_torn: bool = False) -> Iterator[Any]:
+    """The values of a JSON Lines file, in order, blank lines skipped; raises ValueError naming the file and line.
+
+    With `skip_torn` a last line without its newline, which a writer is still at or never finished, is none.
+    """
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
-            if not line.strip():
+            if not line.strip() or (skip_torn and not line.endswith(b"\n")):
                 continue
             try:
                 yield json.loads(line)
@@ -95,6 +96,27 @@ def read_jsonl(path: Path) -> Iterator[Any]:
                 raise ValueError(f"{path}, line {number}: not JSON ({error.msg} at column {error.colno})") from error
             except (ValueError, RecursionError) as error:  # bytes that are not UTF-8, numbers or nesting beyond every limit
                 raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
+
+
+def append_jsonl(path: Path, value: object) -> None:
+    """Add one line, which is on the disk when this returns; on an error the file is as before.
+
+    What follows the last newline is of a writer that died, and cut off first. The caller is alone with the file (`locked_directory`).
+    """
+    line = (json_line(value) + "\n").encode("utf-8", "backslashreplace")
+    path.touch(mode=0o644)
+    with path.open("r+b", buffering=0) as file:
+        end = file.readall().rfind(b"\n") + 1
+        try:
+            file.truncate(end)
+            file.seek(end)
+            while line:  # an unbuffered write may take less than the whole
+                line = line[file.write(line) :]
+            os.fsync(file.fileno())
+        except BaseException:
+            file.truncate(end)
+            raise
+    sync(path.parent)
 
 
 @contextmanager
@@ -109,15 +131,13 @@ def new_directory(path: Path) -> Iterator[Path]:
     aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
         yield aside
-        for entry in (*aside.rglob("*"), aside):
-            if not entry.is_symlink():
-                _sync(entry)
+        sync_tree(aside)
         os.chmod(aside, 0o755)  # noqa: S103  mkdtemp shuts out others, such as a server under another user
         _move(aside, path)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
-    _sync(path.parent)
+    sync(path.parent)
 
 
 def remove_asides(path: Path) -> None:
@@ -141,6 +161,22 @@ def locked_directory(path: Path) -> Iterator[None]:
         os.close(handle)
 
 
+def sync_tree(directory: Path) -> None:
+    """Put a directory on the disk, with every file and folder in it."""
+    for entry in (*directory.rglob("*"), directory):
+        if not entry.is_symlink() and (entry.is_file() or entry.is_dir()):
+            sync(entry)
+
+
+def sync(path: Path) -> None:
+    """Put a file's bytes, or a directory's entries, on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def _move(aside: Path, path: Path) -> None:
     """Rename a directory to where nothing is; the system itself would replace an empty directory, and say ENOTEMPTY for another."""
     if path.exists():
@@ -151,12 +187,3 @@ def _move(aside: Path, path: Path) -> None:
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
             raise FileExistsError(f"{path} exists already") from error
         raise
-
-
-def _sync(path: Path) -> None:
-    """Put a file's bytes, or a directory's entries, on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

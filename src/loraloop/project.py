@@ -19,9 +19,10 @@ from loraloop.episode import CONVERSATION, EpisodeFilter
 from loraloop.errors import DatasetError, StoreError
 from loraloop.importers.ingest import IngestReport
 from loraloop.lora.config import LoraTrainerConfig, TrainOptions
-from loraloop.lora.model import TrainedModel
+from loraloop.lora.model import LoraModelId, TrainedModel
 from loraloop.lora.registry import LoraModelRegistry
 from loraloop.lora.runs import RunStore
+from loraloop.lora.states import ModelState
 from loraloop.lora.trainer import LoraTrainer, OnEvent
 from loraloop.plugins import LearnModel, find
 from loraloop.store.sql import SqlEpisodeStore
@@ -39,6 +40,7 @@ class Project:
         self.store = SqlEpisodeStore(database)
         self.registry = LoraModelRegistry(self.directory / "models")
         self.runs = RunStore(self.directory / "runs")
+        self.registry.sweep()
 
     def __enter__(self) -> Self:
         return self
@@ -158,5 +160,21 @@ class Project:
         return self.registry.list_models()
 
     def get_model(self, model_id: str) -> TrainedModel:
-        """The model with this id, or `latest`. Raises LoraTrainerError."""
+        """The model whose id is or begins with `model_id`, or `latest`. Raises LoraTrainerError."""
         return self.registry.get(model_id)
+
+    def move_model(self, model_id: str, state: ModelState | str, reason: str) -> TrainedModel:
+        """Give a model another state. Raises LoraTrainerError for a change that the table of states lacks."""
+        return self.registry.move(model_id, state, reason)
+
+    def delete_model(self, model_id: str) -> LoraModelId:
+        """Remove a model and give its whole id. Raises LoraTrainerError while it is promoted, or something goes on from it."""
+        return self.registry.delete(model_id, self._find_run_from)
+
+    def _find_run_from(self, model_id: LoraModelId) -> str | None:
+        """The run that continues from a model, and is not finished, in words."""
+        for run in self.runs.list_runs():
+            state = run.status.state
+            if state != "finished" and run.plan.parent == model_id:
+                return f"the run {run.id}, which is {state}, continues from it; delete it when that is finished"
+        return None

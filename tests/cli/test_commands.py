@@ -72,21 +72,22 @@ def test_from_a_file_to_an_adapter(workplace: Path) -> None:
     trained = run(
         "train", "--base", "model", "--epochs", "2", "--lr", "1e-2", "--max-seq-length", "256", "--max-steps", "3", "--json", cwd=workplace
     )
-    model = json.loads(trained.stdout)
-    assert len(trained.stdout.splitlines()) == 1
+    *events, model = [json.loads(line) for line in trained.stdout.splitlines()]
     assert model["sample_count"] == built["samples"] == len(model["episode_ids"])
     assert model["metrics"]["held_out_loss_after"] < model["metrics"]["held_out_loss_before"]
     assert model["metrics"]["gpu_memory_mb"] is None
     assert model["dataset"] == built["dataset"]
-    assert "trained tokens by role: system 0, user 0, assistant" in trained.stderr
-    assert "tool calls recorded: 0, rendered: 0" in trained.stderr
+    (data,) = [event["data"] for event in events if event["event"] == "data"]
+    assert (data["trained_by_role"]["system"], data["trained_by_role"]["user"]) == (0, 0)
+    assert (data["calls_recorded"], data["calls_rendered"]) == (0, 0)
     assert (workplace / model["adapter_path"] / "adapter_model.safetensors").is_file()
 
     listed = [json.loads(line) for line in run("models", "list", "--json", cwd=workplace).stdout.splitlines()]
     assert [entry["id"] for entry in listed] == [model["id"]]
     shown = run("models", "show", "latest", cwd=workplace)
     assert model["id"] in shown.stdout
-    assert json.loads(run("models", "show", model["id"], "--json", cwd=workplace).stdout) == model
+    shown_all = json.loads(run("models", "show", model["id"], "--json", cwd=workplace).stdout)
+    assert shown_all == {**model, "history": [], "same_adapter": []}
 
 
 def test_tables_are_for_people_and_end_with_the_next_command(workplace: Path) -> None:

@@ -50,7 +50,19 @@ def finish_with_fault(training: Training, rule: str) -> int:
     """Run it with a fault that the system itself reports, by strace."""
     process = training.start(stopped=True)
     strace = subprocess.Popen(
-        ["strace", "-f", "-qq", "-o", os.devnull, "-e", f"trace={rule.split(':')[0]}", "-e", f"inject={rule}", "-p", str(process.pid)],
+        [
+            "strace",
+            "-f",
+            "-qq",
+            "-o",
+            os.devnull,
+            "-e",
+            f"trace={rule.split(':', maxsplit=1)[0]}",
+            "-e",
+            f"inject={rule}",
+            "-p",
+            str(process.pid),
+        ],
         stderr=subprocess.DEVNULL,
     )
     status = Path(f"/proc/{process.pid}/status")
@@ -181,7 +193,7 @@ def test_training_data_that_does_not_fit_on_the_disk_is_told_and_leaves_nothing(
     messages = (Message(role="user", content="x" * 400_000), Message(role="assistant", content="y"))
     store.append(make_episode(messages=messages))
     trainer = LoraTrainer(LoraTrainerConfig(data_dir=disk / "runs", output_dir=tmp_path / "models"), store)
-    with pytest.raises(LoraTrainerError, match="cannot be written to .*No space left on device; make room") as failure:
+    with pytest.raises(LoraTrainerError, match=r"cannot be written to .*No space left on device; make room") as failure:
         trainer.train_sync(ConversationLearn())
     assert "train.jsonl" in str(failure.value)
     assert list((disk / "runs").iterdir()) == []

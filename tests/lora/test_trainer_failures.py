@@ -160,7 +160,7 @@ def test_a_log_is_bounded_and_holds_the_end(tmp_path: Path, monkeypatch: pytest.
     asyncio.run(process.run_process([sys.executable, "-c", script], tmp_path / "log", lambda _: None))
     before, after = (tmp_path / "log.1").read_text(), (tmp_path / "log").read_text()
     assert max(len(before), len(after)) <= 100_000
-    assert "".join((before, after)).endswith("line 000099999\n")
+    assert f"{before}{after}".endswith("line 000099999\n")
 
 
 def test_output_that_is_not_utf8_is_shown_as_far_as_it_goes(make_trainer: MakeTrainer) -> None:
@@ -198,7 +198,7 @@ def test_a_log_that_cannot_be_written_to_any_more_is_told_and_ends_nothing() -> 
 
 
 def test_a_log_that_cannot_be_made_is_told_before_anything_starts(tmp_path: Path) -> None:
-    with pytest.raises(LoraTrainerError, match="the log .* cannot be written: No such file or directory; nothing was started"):
+    with pytest.raises(LoraTrainerError, match=r"the log .* cannot be written: No such file or directory; nothing was started"):
         asyncio.run(process.run_process([sys.executable, "-c", ""], tmp_path / "no" / "log", lambda _: None))
 
 

@@ -1,21 +1,28 @@
-"""The nouns: episodes, datasets and models, listed and shown."""
+"""Episodes and datasets, listed and shown; where the groups of all nouns are added."""
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
 from typing import Annotated
 
 import typer
 
 from loraloop.cli.build import show_built
-from loraloop.cli.screen import DEFAULT_PROJECT, JsonOption, ProjectOption, by_reason, show_next, show_table, write_line, write_text
+from loraloop.cli.models import models
+from loraloop.cli.screen import (
+    DEFAULT_PROJECT,
+    IdArgument,
+    JsonOption,
+    ProjectOption,
+    by_reason,
+    show_next,
+    show_table,
+    write_line,
+    write_text,
+)
 from loraloop.files import json_line
-
-IdArgument = Annotated[str, typer.Argument(metavar="ID", help="The id.", show_default=False)]
 
 episodes = typer.Typer(no_args_is_help=True, help="What was recorded.")
 datasets = typer.Typer(no_args_is_help=True, help="What can be trained on.")
-models = typer.Typer(no_args_is_help=True, help="What has been trained.")
 
 
 def register(app: typer.Typer) -> None:
@@ -104,51 +111,3 @@ def show_dataset(dataset_id: IdArgument, project: ProjectOption = DEFAULT_PROJEC
     else:
         show_built(dataset)
         show_next(f"loraloop train --base MODEL --dataset {dataset.id}", project)
-
-
-@models.command("list", epilog="Example: loraloop models list --json")
-def list_models(project: ProjectOption = DEFAULT_PROJECT, as_json: JsonOption = False) -> None:
-    """List trained models, oldest first; one JSON object a line with --json."""
-    from loraloop.project import Project
-
-    with Project(project, create=False) as opened:
-        found = opened.list_models()
-    if as_json:
-        for model in found:
-            write_line(model.model_dump_json())
-        return
-    rows = []
-    for model in found:
-        metrics = model.metrics
-        losses = [metrics.held_out_loss_before, metrics.held_out_loss_after] if metrics else [None, None]
-        shown = " -> ".join("-" if loss is None else f"{loss:.4f}" for loss in losses)
-        made = datetime.fromtimestamp(model.created_at / 1000, UTC).strftime("%Y-%m-%d %H:%M UTC")
-        rows.append([str(model.id), model.base_model, str(model.sample_count), shown, made])
-    show_table(f"{len(found)} models", ["id", "base model", "samples", "held-out loss", "made"], rows)
-    show_next("loraloop models show ID" if found else "loraloop train --base MODEL", project)
-
-
-@models.command("show", epilog="Example: loraloop models show latest --json")
-def show_model(model_id: IdArgument, project: ProjectOption = DEFAULT_PROJECT, as_json: JsonOption = False) -> None:
-    """Show one trained model, its lineage and metrics; `latest` is the newest."""
-    from loraloop.project import Project
-
-    with Project(project, create=False) as opened:
-        model = opened.get_model(model_id)
-    _show_object(model.model_dump(mode="json"), as_json=as_json)
-    if not as_json:
-        show_next("loraloop models list", project)
-
-
-def _show_object(values: dict[str, object], *, as_json: bool) -> None:
-    if as_json:
-        write_line(json_line(values))
-        return
-    for name, value in values.items():
-        if isinstance(value, dict):
-            for key, part in value.items():
-                write_text(f"{name}.{key}: {part}")
-        elif isinstance(value, list | tuple) and len(value) > 8:
-            write_text(f"{name}: {len(value)}, the first {value[0]} (all with --json)")
-        else:
-            write_text(f"{name}: {value}")

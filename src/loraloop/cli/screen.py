@@ -25,6 +25,7 @@ PROJECT_VARIABLE = "LORALOOP_PROJECT"
 ProjectOption = Annotated[
     Path, typer.Option("--project", "-p", envvar=PROJECT_VARIABLE, help="The project directory; everything is kept in it.")
 ]
+IdArgument = Annotated[str, typer.Argument(metavar="ID", help="The id.", show_default=False)]
 JsonOption = Annotated[bool, typer.Option("--json", help="JSON on standard output, nothing else there.")]
 
 
@@ -33,6 +34,12 @@ def err() -> Console:
     from rich.console import Console
 
     return Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def ask(question: str) -> bool:
+    """Whether the next line of standard input says yes; standard output stays for data, which Typer's own prompt writes to."""
+    err().print(f"{question} [y/N] ", end="", markup=False)
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 
 def write_line(text: str) -> None:

@@ -13,6 +13,7 @@ from loraloop.errors import LoraTrainerError, ProcessFailed
 from loraloop.lora.model import TrainedModel, TrainingMetrics
 from loraloop.lora.registry import MODEL_FILE
 from loraloop.lora.runs import RunPlan
+from loraloop.lora.states import HISTORY_FILE
 from loraloop.training_record import RECORD_FILE, TrainingRecord
 
 
@@ -21,9 +22,10 @@ def check_adapter(output: Path, log_path: Path, *, is_ours: bool) -> None:
 
     Raises ProcessFailed when it is not.
     """
-    if (output / MODEL_FILE).exists():
-        reason = f"the training process wrote {MODEL_FILE} into {output}; that is the name of loraloop's own record, choose another"
-        raise ProcessFailed(0, "", log_path, reason)
+    for name in (MODEL_FILE, HISTORY_FILE):
+        if (output / name).exists():
+            reason = f"the training process wrote {name} into {output}; that is the name of loraloop's own record, choose another"
+            raise ProcessFailed(0, "", log_path, reason)
     for pattern in ["adapter_config.json", "adapter_model.safetensors"] if is_ours else ["*"]:
         if not any(file.is_file() and file.stat().st_size for file in output.glob(pattern)):
             missing = "adapter" if pattern == "*" else pattern

@@ -9,6 +9,7 @@ from pydantic import Field
 
 from loraloop.episode import EpisodeId, Frozen
 from loraloop.ids import SortableId
+from loraloop.lora.states import ModelState
 from loraloop.training_data import Method
 
 
@@ -44,7 +45,11 @@ class TrainingMetrics(Frozen):
 
 
 class TrainedModel(Frozen):
-    """An adapter and its lineage."""
+    """An adapter, its lineage and its state.
+
+    All but the state is written down once and never changes; the state comes from the model's history. Records of earlier versions
+    lack what was added since.
+    """
 
     id: LoraModelId
     base_model: str
@@ -59,15 +64,21 @@ class TrainedModel(Frozen):
     metrics: TrainingMetrics | None = None
     base_sha256: str | None = None
     """Over the base model's weights and configuration."""
+    adapter_sha256: str | None = None
+    """The adapter's address: what `registry.hash_adapter` gave when it was recorded."""
+    adapter_files: dict[str, str] = Field(default_factory=dict)
+    """The SHA-256 of every file that `adapter_sha256` is over, by name."""
+    parent: LoraModelId | None = None
+    """The model whose adapter the training went on from."""
+    run: str | None = None
+    """The id of the run that trained it."""
+    state: ModelState = ModelState.CANDIDATE
+    """What it is now; not part of the record."""
     method: Method = "sft"
     """How it was trained."""
     dataset: str | None = None
     """The id of the frozen dataset, when it was trained from one."""
     refused: dict[str, int] = Field(default_factory=dict)
     """Episodes and turns left out, by reason."""
-    parent: LoraModelId | None = None
-    """The model that it was continued from."""
-    run: str | None = None
-    """The run that made it."""
     log_path: Path | None = None
     """Everything that the training process wrote."""

@@ -208,7 +208,7 @@ class LoraTrainer:
                     paths = Paths.of_run(run, Path(self._config.output_dir), self._parent_folder(run.plan), resume=resume, force=force)
                     adapter_path = await self._train(paths, log_path, run.plan.method, listener)
                     model = make_model(run.plan, adapter_path, time.monotonic() - started, log_path, base_model=self._config.base_model)
-                LoraModelRegistry(self._config.output_dir).save(model)
+                model = LoraModelRegistry(self._config.output_dir).save(model)
             except BaseException as error:
                 listener.close(_end_of(error, listener), error)
                 raise

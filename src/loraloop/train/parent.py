@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from loraloop.base_model import BaseModel
 from loraloop.errors import LoraTrainerError
-from loraloop.files import hash_files
+from loraloop.files import file_sha256, hash_listing
 from loraloop.train import loop
 from loraloop.train.arguments import TrainArguments
 from loraloop.training_record import RECORD_FILE, TrainingRecord
@@ -64,7 +64,7 @@ def read_config(folder: Path) -> Any:
 
 
 def adapter_hash(folder: Path | None) -> str | None:
-    """SHA-256 over an adapter's configuration and weights; None for no adapter."""
+    """The address of an adapter, as its record has it; None for no adapter."""
     if folder is None:
         return None
-    return hash_files([folder / "adapter_config.json", folder / "adapter_model.safetensors"])
+    return hash_listing({name: file_sha256(folder / name) for name in ("adapter_config.json", "adapter_model.safetensors")})
