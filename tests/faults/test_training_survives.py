@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import shutil
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from faults.trainings import Training, kill, told, wait_until
+from faults.trainings import Training, kill, line, told, wait_until, write_lines
 
 EVERY_STEP = ("--checkpoint-every=1",)
 N_KILLS = 40
@@ -233,3 +234,86 @@ def test_a_time_limit_saves_what_there_is(make: Any) -> None:
     record = json.loads((training.output / "training_record.json").read_text())
     assert record["ended_by"] == "time_limit"
     assert 0 < record["steps"] < 300_000
+
+
+def test_a_loss_that_is_no_number_ends_at_its_step_and_keeps_the_checkpoint_before(
+    tmp_path: Path, tiny_model: Callable[[str], Path]
+) -> None:
+    import safetensors.torch
+
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model("qwen2"), model)
+    weights = safetensors.torch.load_file(model / "model.safetensors")
+    vocabulary = json.loads((model / "tokenizer.json").read_text())["model"]["vocab"]
+    weights["model.embed_tokens.weight"][vocabulary["~"]] = math.nan
+    safetensors.torch.save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    training = Training(tmp_path / "run", model, (*EVERY_STEP, "--epochs=1"))
+    order = list(range(training.n_samples))
+    random.Random("0:0").shuffle(order)  # the first epoch's; the last of it is in the third step
+    write_lines(training.data, [line(number, "Say ~" if number == order[-1] else "Say") for number in range(training.n_samples)])
+    assert training.finish() == 1
+    complaint = training.last_words().splitlines()[-1]
+    assert complaint.startswith("LoraTrainerError: the loss of step 3 is nan")
+    assert f"-{order[-1]:032x}" in complaint
+    assert not training.output.exists()
+    assert max(path.name for path in training.checkpoints.glob("step-*")) == "step-00000002"
+
+
+def test_a_second_signal_ends_at_once_and_loses_no_more_than_kill_9(make: Any, uninterrupted: tuple[str, float]) -> None:
+    training = make()
+    process = training.start()
+    wait_until(lambda: len(training.events("checkpoint")) >= 2, "two checkpoints")
+    os.kill(process.pid, signal.SIGSTOP)  # so that both are there before the first is heard
+    os.kill(process.pid, signal.SIGINT)
+    os.kill(process.pid, signal.SIGTERM)
+    os.kill(process.pid, signal.SIGCONT)
+    process.join(20)
+    assert process.exitcode in (128 + signal.SIGINT, 128 + signal.SIGTERM)
+    assert not training.output.exists()
+    assert training.finish("--resume") == 0, training.last_words()
+    assert training.adapter() == uninterrupted[0]
+
+
+def test_all_that_stands_in_the_way_is_told_in_one_message(make: Any, tmp_path: Path) -> None:
+    training = make()
+    training.data.write_text("{}\n")
+    training.held_out.write_text("no json\n")
+    training.model = tmp_path / "no-such-model"
+    training.checkpoints = training.data / "a file is no folder"
+    assert training.finish() == 1
+    told = training.last_words()
+    assert "CannotStart: 4 things stand in the way of this training:" in told
+    for number, part in enumerate(("--checkpoints", "no such file or folder", "train.jsonl", "held_out.jsonl"), 1):
+        (finding,) = [text for text in told.splitlines() if text.startswith(f"  {number}. ")]
+        assert part in finding
+
+
+def test_an_adapter_is_trained_on_from_where_it_was(make: Any, tmp_path: Path) -> None:
+    first = make("first")
+    assert first.finish() == 0
+    second = make("second", (*EVERY_STEP, f"--adapter={first.output}"))
+    assert second.finish() == 0, second.last_words()
+    before, after = first.events("held_out")[-1]["loss"], second.events("held_out")[0]["loss"]
+    assert after == pytest.approx(before, rel=1e-5)
+    process = (third := make("third", (*EVERY_STEP, f"--adapter={first.output}"))).start()
+    wait_until(lambda: len(third.events("checkpoint")) >= 2, "two checkpoints")
+    kill(process)
+    assert third.finish("--resume") == 0, third.last_words()
+    assert third.adapter() == second.adapter() != first.adapter()
+    refused = make("fourth", (*EVERY_STEP, f"--adapter={first.output}", "--rank=8"))
+    assert refused.finish() == 1
+    assert "--rank 8: the adapter that is trained on has 4; give --rank 4" in refused.last_words()
+
+
+@pytest.mark.parametrize("architecture", ["qwen2", "lfm2"])
+@pytest.mark.parametrize("engine", ["tree", "dense"])
+def test_every_engine_goes_on_to_the_same_adapter(
+    tmp_path: Path, tiny_model: Callable[[str], Path], architecture: str, engine: str
+) -> None:
+    straight, killed = (Training(tmp_path / name, tiny_model(architecture), (*EVERY_STEP, f"--engine={engine}")) for name in ("a", "b"))
+    assert straight.finish() == 0, straight.last_words()
+    process = killed.start()
+    wait_until(lambda: len(killed.events("checkpoint")) >= 4, "four checkpoints")
+    kill(process)
+    assert killed.finish("--resume") == 0, killed.last_words()
+    assert killed.adapter() == straight.adapter()
