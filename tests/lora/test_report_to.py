@@ -19,8 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from standin import WRITE_ADAPTER, MakeTrainer, is_running, wait_until
 
 from loraloop.errors import SettingsError
+from loraloop.learn.conversation import ConversationLearn
 from loraloop.lora.report_to import REPORTERS, Reporter, open_reporter
 from loraloop.lora.report_to.figures import Figures
 from loraloop.lora.report_to.messages import Message
@@ -212,6 +214,22 @@ def test_what_was_heard_is_in_the_service(name: str, tmp_path: Path) -> None:
     assert not (tmp_path / "home" / "trackio").exists()
 
 
+@pytest.mark.parametrize("name", [needs("tensorboard")])
+def test_a_training_is_reported_by_listening_to_its_events(name: str, tmp_path: Path, make_trainer: MakeTrainer) -> None:
+    script = """
+print(json.dumps({"event": "data", "message": "no figure"}))
+print(json.dumps({"event": "held_out", "message": "cut off: \\ud83d", "loss": 3.0}))
+print(json.dumps({"event": "step", "step": 1, "loss": float("nan"), "learning_rate": 0.5}))
+print(json.dumps({"event": "step", "step": 2, "loss": 2.0}))
+"""
+    said: list[str] = []
+    reporter = report(name, tmp_path, said)
+    make_trainer(script + WRITE_ADAPTER).train_sync(ConversationLearn(), on_event=reporter.hear)
+    reporter.close("finished")
+    assert said == []
+    assert read(name, tmp_path)["figures"] == {"held_out/loss": [(0, 3.0)], "train/learning_rate": [(1, 0.5)], "train/loss": [(2, 2.0)]}
+
+
 DIES = """
 import os, signal, sys
 from pathlib import Path
@@ -236,7 +254,7 @@ def test_a_run_that_was_killed_is_interrupted_and_goes_on_as_the_same_run_when_r
     for event in (held_out("before", 3.0), step(2), step(3), step(4), held_out("after", 2.5)):
         reporter.hear(event)
     reporter.close("finished")
-    assert not alive(int(died.stdout)), "what reported the run that died has ended"
+    assert not is_running(int(died.stdout)), "what reported the run that died has ended"
     assert said == []
     found = read(name, tmp_path)
     assert found["figures"]["train/loss"] == [(1, 2.0), (2, 1.0), (3, 2 / 3), (4, 0.5)]
@@ -248,7 +266,7 @@ def test_a_run_that_was_killed_is_interrupted_and_goes_on_as_the_same_run_when_r
 @every_service
 def test_without_a_word_at_the_end_a_run_is_interrupted(name: str, tmp_path: Path) -> None:
     died = subprocess.run([sys.executable, "-c", DIES, name, RUN, str(tmp_path)], capture_output=True, text=True)
-    wait_until(lambda: not alive(int(died.stdout)))
+    wait_until(lambda: not is_running(int(died.stdout)), "what reported to end")
     found = read(name, tmp_path)
     assert found["figures"]["train/loss"] == [(1, 2.0), (2, 1.0), (3, 2 / 3)]
     assert found["state"] == "killed"
@@ -314,7 +332,7 @@ def test_a_service_that_fails_is_one_warning_and_the_training_goes_on(name: str,
     (tmp_path / name / RUN).write_text("a file where the run's folder should be")
     said: list[str] = []
     reporter = report(name, tmp_path, said)
-    wait_until(lambda: reporter.hear(step(1)) or bool(said))
+    wait_until(lambda: reporter.hear(step(1)) or bool(said), "the warning")
     reporter.hear(step(2))
     reporter.close("finished")
     [warning] = said
@@ -348,7 +366,7 @@ def test_a_service_that_hangs_holds_up_neither_steps_nor_the_end(name: str, tmp_
     assert time.monotonic() - started < 5
     assert len(said) == 1
     assert "it had not taken everything 1 s after the end" in said[0]
-    assert not alive(pid)
+    assert not is_running(pid)
 
 
 @pytest.mark.parametrize("name", [needs("tensorboard")])
@@ -364,7 +382,7 @@ def test_a_reporting_process_that_takes_nothing_is_given_up_before_memory_fills(
         reporter.hear(step(number))
     assert len(said) == 1
     assert "it takes no events" in said[0]
-    assert not alive(pid)
+    assert not is_running(pid)
     assert len(reporter._waiting) == 0
 
 
@@ -373,7 +391,7 @@ def test_what_trackio_could_not_write_is_one_warning_at_the_end(name: str, tmp_p
     said: list[str] = []
     reporter = report(name, tmp_path, said)
     store = tmp_path / name / "loraloop.db"
-    wait_until(lambda: n_rows(store))
+    wait_until(lambda: n_rows(store) > 0, "trackio's first row")
     for path in store.parent.glob("loraloop.db*"):
         path.unlink()
     store.mkdir()
@@ -414,14 +432,6 @@ def test_where_the_users_environment_leads_is_where_it_goes(
     assert [path.name for path in (tmp_path / "here" / name).iterdir()] == ["logs"]
 
 
-def alive(pid: int) -> bool:
-    """Whether the process runs; one that has ended and that nobody has waited for does not."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except OSError:
-        return False
-
-
 def n_rows(store: Path) -> int:
     """How many rows trackio has written; 0 while it makes its store."""
     if not store.exists():
@@ -429,10 +439,3 @@ def n_rows(store: Path) -> int:
     with contextlib.closing(sqlite3.connect(store)) as connection, contextlib.suppress(sqlite3.OperationalError):
         return int(connection.execute("SELECT count(*) FROM metrics").fetchone()[0])
     return 0
-
-
-def wait_until(holds: Any, seconds: float = 60.0) -> None:
-    until = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < until, "it never came"
-        time.sleep(0.05)
