@@ -192,3 +192,12 @@ def test_all_that_stands_in_the_way_is_told_at_once(place: Path) -> None:
     assert "this training can start" in fine
     assert "blocks of" in fine
     assert len(runs(place)) == before
+
+
+def test_figures_also_go_where_they_are_asked_to_go(place: Path) -> None:
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed; `make test` installs it")
+    model = json.loads(run(*TRAIN, "--max-steps", "3", "--report-to", "tensorboard", "--json", cwd=place).stdout.splitlines()[-1])
+    written = list((place / "loraloop-project" / "reports" / "tensorboard" / model["id"]).glob("**/events.out.tfevents.*"))
+    assert written
+    assert sum(file.stat().st_size for file in written) > 500
+    assert "no-such-service" in run(*TRAIN, "--report-to", "no-such-service", cwd=place, code=1).stderr

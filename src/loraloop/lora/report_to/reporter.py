@@ -50,7 +50,9 @@ def open_reporter(
     elsewhere. `say` hears at most one warning. Raises SettingsError for an unknown name, a package that is missing and a run id that
     is no file name; trouble of the service itself never raises.
     """
-    _check(name, run_id)
+    check_service(name)
+    if not re.fullmatch(r"[\w-][\w.-]*", run_id, re.ASCII):
+        raise SettingsError(f"run_id={run_id!r}: expected letters, digits, dots, dashes and underscores, as it names a folder")
     home = Path(folder).absolute() / name
     opening = Opening(
         run_id=run_id,
@@ -149,13 +151,12 @@ class Reporter:
         return next((line.strip() for line in reversed(said.split("\n")) if line.strip()), "it ended without a word")[:1000]
 
 
-def _check(name: str, run_id: str) -> None:
+def check_service(name: str) -> None:
+    """Raises SettingsError for an unknown service, and for one whose package is missing."""
     if name not in REPORTERS:
         near = difflib.get_close_matches(name, REPORTERS, n=1)
         hint = f" Did you mean {near[0]}?" if near else ""
         raise SettingsError(f"nothing named {name!r} to report to; known: {', '.join(REPORTERS)}.{hint}")
-    if not re.fullmatch(r"[\w-][\w.-]*", run_id, re.ASCII):
-        raise SettingsError(f"run_id={run_id!r}: expected letters, digits, dots, dashes and underscores, as it names a folder")
     found = importlib.util.find_spec(name)
     if found is None or found.origin is None:  # a folder of that name in the working directory has no origin
         raise SettingsError(f"the package {name} is not installed; say pip install 'loraloop[{name}]', or report to something else")
