@@ -73,6 +73,8 @@ def test_every_format_tag_and_refusal_code_of_ingest_is_documented() -> None:
         "ignored_keys",
         "outcome_from",
         "copied_context",
+        "simulated_user_calls",
+        "system_prompt",
         "parent_trajectory",
     }
     assert len(codes) >= 15
@@ -92,6 +94,7 @@ def test_every_plugin_that_is_listed_loads() -> None:
         "sharegpt",
         "swe-agent",
         "tau-bench",
+        "tau2",
         "verifiers",
         "who-and-when",
     ]

@@ -158,6 +158,7 @@ def test_real_files_are_told_apart(shared_data):
         "sharegpt": ["sharegpt/glaive_toolcall_en_demo.json"],
         "swe-agent": [name for name in formats if name.startswith("swe_agent/")],
         "tau-bench": ["tau_bench/gpt-4o-airline.json"],
+        "tau2": ["tau2/gpt-4.1_telecom_no-user_4trials_5tasks.json"],
         "verifiers": [name for name in formats if name.startswith("verifiers/")],
         "who-and-when": [name for name in formats if name.startswith("who_and_when/")],
     }

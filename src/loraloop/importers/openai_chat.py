@@ -30,7 +30,7 @@ _OWN_TAGS = {"format", "outcome_from", "ignored_keys", "decoded_arguments", "pad
 _VERDICTS = {"reward", "reward_info", "outcome", "success", "kto_tag", "is_correct"}
 _PREFERENCES = {"rejected_message", "rejected", "chosen", "preferred_output", "non_preferred_output"}
 _MEDIA = {"images", "videos", "audios"}
-_OTHER_FORMATS = {"trajectory_format"}
+_OTHER_FORMATS = {"trajectory_format", "termination_reason"}
 
 
 class OpenAIChatImporter:
