@@ -91,6 +91,7 @@ def test_every_plugin_that_is_listed_loads() -> None:
         "atif",
         "intercode",
         "openai",
+        "openhands",
         "sharegpt",
         "swe-agent",
         "tau-bench",

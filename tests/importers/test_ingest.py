@@ -155,6 +155,7 @@ def test_real_files_are_told_apart(shared_data):
         "atif": [name for name in formats if name.startswith("atif/")],
         "intercode": [name for name in formats if name.startswith("intercode/")],
         "openai": ["openai_ft/fireact_hotpotqa.jsonl", "openai_ft/tau2_train_sft-v1-small.jsonl", "sharegpt/mllm_demo.json"],
+        "openhands": [name for name in formats if name.startswith("openhands/")],
         "sharegpt": ["sharegpt/glaive_toolcall_en_demo.json"],
         "swe-agent": [name for name in formats if name.startswith("swe_agent/")],
         "tau-bench": ["tau_bench/gpt-4o-airline.json"],
@@ -163,5 +164,5 @@ def test_real_files_are_told_apart(shared_data):
         "who-and-when": [name for name in formats if name.startswith("who_and_when/")],
     }
     assert {name: [path for path, found in formats.items() if found == name] for name in set(formats.values())} == by_format
-    n_files = {"atif": 16, "intercode": 4, "swe-agent": 22, "verifiers": 6, "who-and-when": 30}
+    n_files = {"atif": 16, "intercode": 4, "openhands": 5, "swe-agent": 22, "verifiers": 6, "who-and-when": 30}
     assert {name: len(by_format[name]) for name in n_files} == n_files
