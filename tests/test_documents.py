@@ -90,6 +90,7 @@ def test_every_plugin_that_is_listed_loads() -> None:
         "alpaca",
         "atif",
         "intercode",
+        "mini-swe-agent",
         "openai",
         "openhands",
         "sharegpt",

@@ -87,7 +87,7 @@ def test_the_format_can_be_said(store, write):
         ("a.json", '[{"traj": [{"content": "' + "ü" * HEAD_BYTES, "tau-bench"),
         ("a.json", '[{"traj": [{"content": " ' + "ü" * HEAD_BYTES, "tau-bench"),  # the head ends inside a character
         ("a.json", '{"task_id": 1, "reward": 0, "info": {}, "traj": []}', None),
-        ("a.json", '{"messages": [], "trajectory_format": "mini-swe-agent-1", "info": {}}', None),
+        ("a.json", '{"messages": [], "trajectory_format": "mini-swe-agent-1", "info": {}}', "mini-swe-agent"),
         ("a.json", '[{"role": "user", "content": "messages"}]', None),
         ("a.json", "", None),
         ("a.jsonl", "", "openai"),
@@ -154,6 +154,7 @@ def test_real_files_are_told_apart(shared_data):
         "alpaca": ["alpaca/fireact_hotpotqa.json"],
         "atif": [name for name in formats if name.startswith("atif/")],
         "intercode": [name for name in formats if name.startswith("intercode/")],
+        "mini-swe-agent": [name for name in formats if name.startswith("mini_swe_agent/")],
         "openai": ["openai_ft/fireact_hotpotqa.jsonl", "openai_ft/tau2_train_sft-v1-small.jsonl", "sharegpt/mllm_demo.json"],
         "openhands": [name for name in formats if name.startswith("openhands/")],
         "sharegpt": ["sharegpt/glaive_toolcall_en_demo.json"],
@@ -164,5 +165,5 @@ def test_real_files_are_told_apart(shared_data):
         "who-and-when": [name for name in formats if name.startswith("who_and_when/")],
     }
     assert {name: [path for path, found in formats.items() if found == name] for name in set(formats.values())} == by_format
-    n_files = {"atif": 16, "intercode": 4, "openhands": 5, "swe-agent": 22, "verifiers": 6, "who-and-when": 30}
+    n_files = {"atif": 16, "intercode": 4, "mini-swe-agent": 2, "openhands": 5, "swe-agent": 22, "verifiers": 6, "who-and-when": 30}
     assert {name: len(by_format[name]) for name in n_files} == n_files

@@ -31,6 +31,7 @@ _VERDICTS = {"reward", "reward_info", "outcome", "success", "kto_tag", "is_corre
 _PREFERENCES = {"rejected_message", "rejected", "chosen", "preferred_output", "non_preferred_output"}
 _MEDIA = {"images", "videos", "audios"}
 _OTHER_FORMATS = {"trajectory_format", "termination_reason"}
+_OTHER_MARKS = ('"mini_version"', '"model_stats"')
 
 
 class OpenAIChatImporter:
@@ -43,7 +44,10 @@ class OpenAIChatImporter:
         """True for objects with `messages` on their first level, and for an empty `.jsonl`, which is data with no lines."""
         if not head.strip("\ufeff \t\r\n"):
             return path.suffix.lower() == ".jsonl"
-        return any("messages" in keys and not keys & _OTHER_FORMATS for keys in opening_keys(head))
+        openings = opening_keys(head)
+        if any("info" in keys for keys in openings) and any(mark in head for mark in _OTHER_MARKS):
+            return False
+        return any("messages" in keys and not keys & _OTHER_FORMATS for keys in openings)
 
     def count(self, path: Path) -> int | None:
         """The number of lines that are not blank; None for a JSON list."""

@@ -11,28 +11,21 @@ an agent, so the path does: its turns are all marked `is_demo`, and whatever lab
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar
 
-from loraloop.episode import AnyOutcome, Episode, EpisodeMetadata, Failure, Success, Unknown
-from loraloop.errors import ImportFailed
+from loraloop.episode import Episode, EpisodeMetadata
 from loraloop.importers.entry import Entry, EntryRefused, convert_entries, require_clean, require_object, show, to_tags
 from loraloop.importers.json_input import first_object_keys, load_document
 from loraloop.importers.openai_messages import take_messages
+from loraloop.importers.swe_bench import find_instance, find_verdict
 from loraloop.training_data import Refusal
 
 SUFFIX = ".traj"
-RESULTS_FILE = "results.json"
 
 _SAID_IN_CONTENT = {"thought", "action", "agent", "message_type", "tool_call_ids"}
 _KNOWN = {"environment", "trajectory", "history", "info", "replay_config"}
-_INSTANCE = re.compile(r"(?:^|__)((?:(?!__)[\w.-])+__(?:(?!__)[\w.-])+-\d+)$")
-"""`owner__repo-123`, the name of a SWE-bench instance, at the end of a file name that may say more before it."""
-_RESOLVED = ("resolved", "resolved_ids")
-_EMPTY = ("no_generation", "empty_patch_ids")
-_TRIED = ("with_logs", "applied", "no_apply", "unresolved_ids")
 
 
 class SweAgentImporter:
@@ -80,7 +73,7 @@ def _to_episode(value: object, path: Path) -> Episode:
         task_id=task_id,
         group_id=task_id,
         messages=tuple(messages),
-        outcome=_find_outcome(path),
+        outcome=find_verdict(path, {path.stem, find_instance(path.stem) or path.stem}),
         metadata=EpisodeMetadata(scenario=SweAgentImporter.name, tags=tags),
     )
 
@@ -115,13 +108,8 @@ def _is_demonstration(path: Path) -> bool:
     return "demonstrations" in {part for name in path.parts for part in name.split("__")}
 
 
-def _instance(path: Path) -> str | None:
-    found = _INSTANCE.search(path.stem)
-    return found[1] if found else None
-
-
 def _to_task_id(path: Path, replay_config: object) -> str:
-    return _instance(path) or _find_named_problem(replay_config) or path.stem
+    return find_instance(path.stem) or _find_named_problem(replay_config) or path.stem
 
 
 def _find_named_problem(replay_config: object) -> str | None:
@@ -132,30 +120,3 @@ def _find_named_problem(replay_config: object) -> str | None:
     problem = settings.get("problem_statement") if isinstance(settings, dict) else None
     name = problem.get("id") if isinstance(problem, dict) else None
     return name if isinstance(name, str) and name else None
-
-
-def _find_outcome(path: Path) -> AnyOutcome:
-    """What the evaluation said of the instance. One that says nothing, or whose own machinery failed, leaves it Unknown."""
-    for folder in (path.parent, path.parent.parent):
-        if not (folder / RESULTS_FILE).is_file():
-            continue
-        try:
-            results = load_document(folder / RESULTS_FILE)
-        except ImportFailed:
-            continue
-        if isinstance(results, dict) and any(key in results for key in _RESOLVED):
-            return _outcome_in(results, {path.stem, _instance(path) or path.stem})
-    return Unknown()
-
-
-def _outcome_in(results: dict[str, object], names: set[str]) -> AnyOutcome:
-    if _is_named(results, _RESOLVED, names):
-        return Success(1.0)
-    if _is_named(results, _EMPTY, names):
-        return Failure("no_generation")
-    return Failure("not resolved") if _is_named(results, _TRIED, names) else Unknown()
-
-
-def _is_named(results: dict[str, object], keys: tuple[str, ...], names: set[str]) -> bool:
-    lists = [results[key] for key in keys if isinstance(results.get(key), list)]
-    return any(name in names for listed in lists if isinstance(listed, list) for name in listed if isinstance(name, str))
