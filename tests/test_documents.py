@@ -73,6 +73,7 @@ def test_every_format_tag_and_refusal_code_of_ingest_is_documented() -> None:
         "ignored_keys",
         "outcome_from",
         "copied_context",
+        "elided_history",
         "simulated_user_calls",
         "system_prompt",
         "parent_trajectory",
