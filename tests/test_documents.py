@@ -89,6 +89,7 @@ def test_every_plugin_that_is_listed_loads() -> None:
     assert list_names("learn_models") == names
     assert list_names("importers") == [
         "alpaca",
+        "anthropic",
         "atif",
         "intercode",
         "mini-swe-agent",

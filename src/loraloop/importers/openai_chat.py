@@ -15,6 +15,7 @@ from pydantic import JsonValue
 
 from loraloop.episode import Episode, EpisodeMetadata, Failure, Message, Success
 from loraloop.files import canonical_json
+from loraloop.importers.anthropic import is_anthropic
 from loraloop.importers.entry import EntryRefused, convert_entries, find_finite, ignored_tag, require_clean, show
 from loraloop.importers.json_input import count_entries, iter_entries, opening_keys
 from loraloop.importers.null_padding import without_padded_arguments, without_padding
@@ -45,7 +46,7 @@ class OpenAIChatImporter:
         if not head.strip("\ufeff \t\r\n"):
             return path.suffix.lower() == ".jsonl"
         openings = opening_keys(head)
-        if any("info" in keys for keys in openings) and any(mark in head for mark in _OTHER_MARKS):
+        if is_anthropic(head) or (any("info" in keys for keys in openings) and any(mark in head for mark in _OTHER_MARKS)):
             return False
         return any("messages" in keys and not keys & _OTHER_FORMATS for keys in openings)
 
