@@ -153,6 +153,7 @@ def test_real_files_are_told_apart(shared_data):
     by_format = {
         "alpaca": ["alpaca/fireact_hotpotqa.json"],
         "atif": [name for name in formats if name.startswith("atif/")],
+        "claude-code": [name for name in formats if name.startswith("claude_code/")],
         "intercode": [name for name in formats if name.startswith("intercode/")],
         "mini-swe-agent": [name for name in formats if name.startswith("mini_swe_agent/")],
         "openai": ["openai_ft/fireact_hotpotqa.jsonl", "openai_ft/tau2_train_sft-v1-small.jsonl", "sharegpt/mllm_demo.json"],
@@ -165,5 +166,14 @@ def test_real_files_are_told_apart(shared_data):
         "who-and-when": [name for name in formats if name.startswith("who_and_when/")],
     }
     assert {name: [path for path, found in formats.items() if found == name] for name in set(formats.values())} == by_format
-    n_files = {"atif": 16, "intercode": 4, "mini-swe-agent": 2, "openhands": 5, "swe-agent": 22, "verifiers": 6, "who-and-when": 30}
+    n_files = {
+        "atif": 16,
+        "claude-code": 3,
+        "intercode": 4,
+        "mini-swe-agent": 2,
+        "openhands": 5,
+        "swe-agent": 22,
+        "verifiers": 6,
+        "who-and-when": 30,
+    }
     assert {name: len(by_format[name]) for name in n_files} == n_files
