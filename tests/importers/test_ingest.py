@@ -154,6 +154,7 @@ def test_real_files_are_told_apart(shared_data):
         "alpaca": ["alpaca/fireact_hotpotqa.json"],
         "atif": [name for name in formats if name.startswith("atif/")],
         "claude-code": [name for name in formats if name.startswith("claude_code/")],
+        "codex": ["codex/rollout-fixture.jsonl"],
         "intercode": [name for name in formats if name.startswith("intercode/")],
         "mini-swe-agent": [name for name in formats if name.startswith("mini_swe_agent/")],
         "openai": ["openai_ft/fireact_hotpotqa.jsonl", "openai_ft/tau2_train_sft-v1-small.jsonl", "sharegpt/mllm_demo.json"],
