@@ -96,6 +96,7 @@ def test_every_plugin_that_is_listed_loads() -> None:
         "atif",
         "claude-code",
         "codex",
+        "inspect",
         "intercode",
         "mini-swe-agent",
         "openai",

@@ -139,7 +139,7 @@ def test_missing_paths_are_named_with_their_neighbours(tmp_path):
     with pytest.raises(ImportFailed, match="there is no directory"):
         iter_files([tmp_path / "no" / "x.json"])
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ImportFailed, match=r"no file \*\.json or \*\.jsonl or \*\.traj in it"):
+    with pytest.raises(ImportFailed, match=r"no file \*\.json or \*\.jsonl or \*\.traj or \*\.eval in it"):
         iter_files([tmp_path / "empty"])
 
 
@@ -155,6 +155,7 @@ def test_real_files_are_told_apart(shared_data):
         "atif": [name for name in formats if name.startswith("atif/")],
         "claude-code": [name for name in formats if name.startswith("claude_code/")],
         "codex": ["codex/rollout-fixture.jsonl"],
+        "inspect": [name for name in formats if name.startswith("inspect/")],
         "intercode": [name for name in formats if name.startswith("intercode/")],
         "mini-swe-agent": [name for name in formats if name.startswith("mini_swe_agent/")],
         "openai": ["openai_ft/fireact_hotpotqa.jsonl", "openai_ft/tau2_train_sft-v1-small.jsonl", "sharegpt/mllm_demo.json"],
