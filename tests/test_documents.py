@@ -100,6 +100,7 @@ def test_every_plugin_that_is_listed_loads() -> None:
         "intercode",
         "mini-swe-agent",
         "openai",
+        "openai-calls",
         "openhands",
         "sharegpt",
         "swe-agent",

@@ -128,6 +128,8 @@ def test_a_compression_that_is_not_known_is_refused(archive):
 def test_a_zip_of_something_else_is_said(tmp_path):
     with zipfile.ZipFile(tmp_path / "x.eval", "w") as file:
         file.writestr("a.txt", "a")
+    with pytest.raises(ImportFailed, match="cannot be opened"):
+        next(InspectImporter().read(tmp_path / "absent.eval"))
     with pytest.raises(ImportFailed, match=r"no header\.json"):
         next(InspectImporter().read(tmp_path / "x.eval"))
 

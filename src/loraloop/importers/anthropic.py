@@ -25,6 +25,7 @@ from loraloop.training_data import Refusal
 
 _BLOCK = re.compile(r'"type"\s*:\s*"(?:tool_use|tool_result|thinking|redacted_thinking)"')
 _RESPONSE = re.compile(r'"type"\s*:\s*"message"')
+_OPENAI_ANSWER = re.compile(r'"choices"\s*:\s*\[|"object"\s*:\s*"response"')
 _SCHEMA = re.compile(r'"input_schema"\s*:')
 _OWN_KEYS = {"system", "anthropic_version", "stop_sequences"}
 _KNOWN = {
@@ -36,6 +37,8 @@ _KNOWN = {
 def is_anthropic(head: str) -> bool:
     """Whether `head` begins with a request in Anthropic's shape rather than OpenAI's."""
     keys = first_object_keys(head)
+    if keys & {"choices", "response"} and _OPENAI_ANSWER.search(head) is not None:
+        return False
     has_blocks = _BLOCK.search(head) is not None or _SCHEMA.search(head) is not None
     if "messages" in keys:
         return bool(keys & _OWN_KEYS) or has_blocks or ("response" in keys and _RESPONSE.search(head) is not None)

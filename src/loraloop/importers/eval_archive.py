@@ -31,6 +31,15 @@ def is_archive(head: str) -> bool:
     return head.startswith("PK\x03\x04")
 
 
+def has_archive(path: Path) -> bool:
+    """Whether the file at `path` is a zip. Raises ImportFailed when it cannot be opened."""
+    try:
+        with path.open("rb") as file:
+            return is_archive(file.read(4).decode("latin-1"))
+    except OSError as error:
+        raise ImportFailed(f"{path}: cannot be opened ({error.strerror}); give a file that can be read") from error
+
+
 def load_header(path: Path) -> object:
     """What the archive says of the whole run. Raises ImportFailed when it is no such archive, or one that is out of bounds."""
     with _open(path) as archive:

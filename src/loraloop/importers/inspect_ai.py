@@ -32,7 +32,7 @@ from loraloop.importers.entry import (
     show,
     to_tags,
 )
-from loraloop.importers.eval_archive import is_archive, iter_samples, load_header
+from loraloop.importers.eval_archive import has_archive, is_archive, iter_samples, load_header
 from loraloop.importers.json_input import first_object_keys, load_document
 from loraloop.importers.null_padding import without_padding
 from loraloop.importers.openai_messages import take_messages
@@ -63,9 +63,7 @@ class InspectImporter:
 
     def read(self, path: Path) -> Iterator[Episode | Refusal]:
         """One Episode or Refusal for each sample, in order; of an archive one at a time. Raises ImportFailed for no such log."""
-        with path.open("rb") as file:
-            is_zip = is_archive(file.read(4).decode("latin-1"))
-        if is_zip:
+        if has_archive(path):
             log, samples = as_object(load_header(path)), iter_samples(path)
         else:
             log = as_object(load_document(path))

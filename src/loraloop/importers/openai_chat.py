@@ -19,6 +19,7 @@ from loraloop.importers.anthropic import is_anthropic
 from loraloop.importers.entry import EntryRefused, convert_entries, find_finite, ignored_tag, require_clean, show
 from loraloop.importers.json_input import count_entries, iter_entries, opening_keys
 from loraloop.importers.null_padding import without_padded_arguments, without_padding
+from loraloop.importers.openai_calls import is_call_log
 from loraloop.importers.openai_messages import take_messages, take_tools
 from loraloop.importers.react import find_verdict, has_observation
 from loraloop.training_data import Refusal
@@ -46,7 +47,11 @@ class OpenAIChatImporter:
         if not head.strip("\ufeff \t\r\n"):
             return path.suffix.lower() == ".jsonl"
         openings = opening_keys(head)
-        if is_anthropic(head) or (any("info" in keys for keys in openings) and any(mark in head for mark in _OTHER_MARKS)):
+        if (
+            is_anthropic(head)
+            or is_call_log(head)
+            or (any("info" in keys for keys in openings) and any(mark in head for mark in _OTHER_MARKS))
+        ):
             return False
         return any("messages" in keys and not keys & _OTHER_FORMATS for keys in openings)
 
