@@ -95,3 +95,29 @@ def test_a_damaged_file_gives_episodes_and_refusals_or_cannot_be_read(fixtures, 
             detect(damaged)
 
     check()
+
+
+@pytest.mark.parametrize("name", list_names("importers"))
+def test_an_object_where_none_belongs_is_no_crash_wherever_it_is(fixtures, tmp_path, name):
+    """Every single value of every fixture in turn: an object cannot be looked up in a set, where a name can."""
+    for path in iter_files([fixtures / name.replace("-", "_")]):
+        raw = path.read_text()
+        whole = load_or_none(raw)
+        documents = [whole] if whole is not None else [line for line in map(load_or_none, raw.splitlines()) if line is not None]
+        for document in documents:
+            for item, key in list(places(document)):
+                kept = item[key]
+                if isinstance(kept, dict | list):
+                    continue
+                item[key] = {"a": 1}
+                damaged = tmp_path / path.name
+                damaged.write_text(json.dumps(document))
+                item[key] = kept
+                assert all(isinstance(entry, Episode | Refusal) for entry in read_all(find("importers", name)(), damaged))
+
+
+def load_or_none(line):
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None

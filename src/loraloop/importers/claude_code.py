@@ -63,6 +63,12 @@ class _Line:
     def message(self) -> dict[str, object]:
         return as_object(self.raw.get("message"))
 
+    @property
+    def response_id(self) -> str | None:
+        """Which response of the model it is a block of; None for other lines."""
+        key = self.message.get("id")
+        return key if self.raw.get("type") == "assistant" and isinstance(key, str) else None
+
     def blocks(self, kind: str) -> list[dict[str, object]]:
         """The content blocks of one type."""
         return [block for block in as_list(self.message.get("content")) if isinstance(block, dict) and block.get("type") == kind]
@@ -114,8 +120,8 @@ class _Thread:
     def _with_results(self, path: list[_Line]) -> list[_Line]:
         """`path` with the other lines of its responses, and with the results of its calls that hang on branches."""
         chosen = {line.number: line for line in path}
-        ids = {line.message.get("id") for line in path if line.raw.get("type") == "assistant"} - {None}
-        chosen |= {line.number: line for line in self.lines if line.raw.get("type") == "assistant" and line.message.get("id") in ids}
+        ids = {line.response_id for line in path} - {None}
+        chosen |= {line.number: line for line in self.lines if line.response_id in ids}
         calls = {str(block.get("id")) for line in chosen.values() for block in line.blocks("tool_use")}
         answered = {str(block.get("tool_use_id")) for line in chosen.values() for block in line.blocks("tool_result")}
         for line in self.lines:
@@ -197,9 +203,9 @@ def _merge(lines: list[_Line]) -> list[tuple[int, dict[str, object]]]:
     merged: list[tuple[int, dict[str, object]]] = []
     responses: dict[str, dict[str, object]] = {}
     for line in lines:
-        message, key = line.message, line.message.get("id")
+        message, key = line.message, line.response_id
         content = message.get("content")
-        if line.raw["type"] == "assistant" and isinstance(key, str) and isinstance(content, list):
+        if key is not None and isinstance(content, list):
             if key in responses:
                 responses[key]["content"] = [*as_list(responses[key]["content"]), *content]
                 continue

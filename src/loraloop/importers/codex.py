@@ -21,7 +21,7 @@ from loraloop.importers.openai_messages import take_messages
 from loraloop.importers.responses_items import Items
 from loraloop.training_data import Refusal
 
-_KNOWN = {"session_meta", "turn_context", "response_item", "event_msg", "compacted"}
+_KNOWN = ("session_meta", "turn_context", "response_item", "event_msg", "compacted")
 _MARKS = ('"session_meta"', '"response_item"')
 
 

@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from loraloop.importers.agent_turns import as_list, as_object, to_call
 from loraloop.importers.entry import EntryRefused, require_object, show
 
-_TEXT = {"input_text", "output_text", "text", "summary_text", "reasoning_text"}
-_CALLS = {"function_call", "custom_tool_call", "local_shell_call"}
-_OUTPUTS = {"function_call_output", "custom_tool_call_output", "local_shell_call_output"}
+_TEXT = ("input_text", "output_text", "text", "summary_text", "reasoning_text")
+_CALLS = ("function_call", "custom_tool_call", "local_shell_call")
+_OUTPUTS = ("function_call_output", "custom_tool_call_output", "local_shell_call_output")
 
 
 @dataclass

@@ -41,8 +41,8 @@ SIMULATIONS_FOLDER = "simulations"
 STOP_MARK = "###STOP###"
 GREETING = "Hi! How can I help you today?"
 
-_BROKEN = {"infrastructure_error", "unexpected_error", "user_error"}
-_TIMEOUTS = {"max_steps", "timeout"}
+_BROKEN = ("infrastructure_error", "unexpected_error", "user_error")
+_TIMEOUTS = ("max_steps", "timeout")
 _KNOWN_MESSAGE = {
     *("role", "content", "tool_calls", "id", "requestor", "error", "turn_idx", "timestamp", "cost", "usage", "raw_data"),
     *("generation_time_seconds", "reasoning", "tool_messages", "is_audio", "is_final_chunk", "contains_speech"),
@@ -161,7 +161,7 @@ def _require_whole_run(run: dict[str, object]) -> None:
     if run["messages"] is None and run.get("ticks"):
         raise EntryRefused("unsupported_content", "a voice run, which has ticks and no messages", "text", "leave the run out")
     reason = run.get("termination_reason")
-    if isinstance(reason, str) and reason in _BROKEN:
+    if reason in _BROKEN:
         found = f"a run that ended with {reason}"
         raise EntryRefused("run_error", found, "a run that came to its end", "run the task again: this says nothing of the agent")
 
