@@ -154,6 +154,7 @@ def test_real_files_are_told_apart(shared_data):
         "alpaca": ["alpaca/fireact_hotpotqa.json"],
         "intercode": [name for name in formats if name.startswith("intercode/")],
         "openai": ["openai_ft/fireact_hotpotqa.jsonl", "openai_ft/tau2_train_sft-v1-small.jsonl", "sharegpt/mllm_demo.json"],
+        "otlp": ["otlp/tau_airline.jsonl"],
         "sharegpt": ["sharegpt/glaive_toolcall_en_demo.json"],
         "swe-agent": [name for name in formats if name.startswith("swe_agent/")],
         "tau-bench": ["tau_bench/gpt-4o-airline.json"],
