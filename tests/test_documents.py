@@ -82,7 +82,20 @@ def test_every_plugin_that_is_listed_loads() -> None:
 
     names = ["conversation", "dependency_graph", "kto", "preference", "weighted", "worker_decision", "worker_task"]
     assert list_names("learn_models") == names
-    assert list_names("importers") == ["alpaca", "intercode", "openai", "sharegpt", "swe-agent", "tau-bench", "verifiers", "who-and-when"]
+    assert list_names("importers") == [
+        "alpaca",
+        "intercode",
+        "langfuse",
+        "langsmith",
+        "mlflow",
+        "openai",
+        "otlp",
+        "sharegpt",
+        "swe-agent",
+        "tau-bench",
+        "verifiers",
+        "who-and-when",
+    ]
     for kind in ("importers", "learn_models"):
         for name in list_names(kind):
             assert find(kind, name)() is not None

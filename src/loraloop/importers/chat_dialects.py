@@ -34,13 +34,14 @@ _ROLES = {
     "ToolMessage": "tool",
     "FunctionMessage": "tool",
 }
-_SAME_ROLES = {"system", "developer", "user", "assistant", "tool", "function"}
+_SAME_ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 _KEPT = ("name", "refusal", "audio", "weight", "function_call", "finish_reason")
-_CALL_ITEMS = {"function_call", "custom_tool_call", "local_shell_call", "web_search_call", "file_search_call", "computer_call"}
-_RESULT_ITEMS = {"function_call_output", "custom_tool_call_output", "local_shell_call_output", "computer_call_output"}
+_PROVIDER_CALLS = ("custom_tool_call", "local_shell_call", "web_search_call", "file_search_call", "computer_call")
+_CALL_ITEMS = ("function_call", *_PROVIDER_CALLS)
+_RESULT_ITEMS = ("function_call_output", "custom_tool_call_output", "local_shell_call_output", "computer_call_output")
 _ITEM = "item"
 """Marks a message made of one item of the Responses API: items of one turn stand apart there."""
-_LANGCHAIN_TYPES = {"human", "ai", "system", "tool", "function", "AIMessageChunk"}
+_LANGCHAIN_TYPES = ("human", "ai", "system", "tool", "function", "AIMessageChunk", *_ROLES)
 _TEXT = ("text", "input_text", "output_text")
 _THOUGHT = ("thinking", "reasoning", "redacted_thinking", "summary_text", "reasoning_text")
 _CALL = ("tool_call", "tool_use", "function_call", "functionCall", "toolUse")
@@ -125,7 +126,7 @@ def _to_messages(raw: object, place: str) -> list[RawMessage]:
         raise _bad_shape(f"{place} = {show(raw)}", "a message with role and content")
     message = _unwrapped(raw)
     kind = message.get("type")
-    if kind in _CALL_ITEMS | _RESULT_ITEMS or (kind == "reasoning" and "role" not in message):
+    if kind in (*_CALL_ITEMS, *_RESULT_ITEMS) or (kind == "reasoning" and "role" not in message):
         return [_from_item(message, str(kind))]
     role = _role_of(message, place)
     content = message["parts"] if isinstance(message.get("parts"), list) else message.get("content")
@@ -163,7 +164,7 @@ def _unwrapped(message: dict[str, object]) -> dict[str, object]:
     if isinstance(made_with, dict) and isinstance(names, list) and names:
         return {**made_with, "type": str(names[-1])}
     data = message.get("data")
-    if isinstance(data, dict) and message.get("type") in _ROLES | dict.fromkeys(_LANGCHAIN_TYPES):
+    if isinstance(data, dict) and message.get("type") in _LANGCHAIN_TYPES:
         return {**data, "type": message["type"]}
     event = message.get("event.name")
     if "role" not in message and isinstance(event, str) and event.startswith("gen_ai."):
@@ -248,8 +249,12 @@ def _join_calls(calls: list[object], message: dict[str, object]) -> list[object]
     """The calls, with the arguments as the agent wrote them where LangChain kept that text beside what it read from it."""
     more = message.get("additional_kwargs")
     written = more.get("tool_calls") if isinstance(more, dict) else None
-    texts = {call.get("id"): call.get("function") for call in written if isinstance(call, dict)} if isinstance(written, list) else {}
-    return [{**call, "function": texts[call["id"]]} if isinstance(call, dict) and texts.get(call.get("id")) else call for call in calls]
+    texts = {str(call["id"]): call.get("function") for call in _listed(written) if isinstance(call, dict) and call.get("id")}
+    joined = []
+    for call in calls:
+        text = texts.get(str(call.get("id"))) if isinstance(call, dict) else None
+        joined.append({**call, "function": text} if isinstance(call, dict) and text else call)
+    return joined
 
 
 def _to_call(call: object) -> object:
@@ -259,7 +264,7 @@ def _to_call(call: object) -> object:
     if isinstance(call.get("function"), dict):
         function = call["function"]
         return {**_id_of(call), "type": call.get("type", "function"), "function": {**function, "arguments": _arguments(function)}}
-    if call.get("type") in _CALL_ITEMS - {"function_call"}:
+    if call.get("type") in _PROVIDER_CALLS:
         return call
     return {**_id_of(call), "type": "function", "function": {"name": call.get("name"), "arguments": _arguments(call)}}
 

@@ -45,7 +45,7 @@ def read_request(value: object, place: str) -> tuple[list[RawMessage], list[dict
     if isinstance(value, str):
         return _spoken(value), []
     if isinstance(value, list):
-        return _split_tools(value[0] if len(value) == 1 and isinstance(value[0], list) else value, place)
+        return _split_tools(value, place)
     if not isinstance(value, dict):
         raise _no_message(value, place)
     key = next((key for key in _REQUEST_KEYS if value.get(key) not in (None, "", [])), None)
@@ -127,6 +127,7 @@ def _to_tool(tool: dict[str, object]) -> dict[str, object]:
 
 def _split_tools(listed: list[object], place: str) -> tuple[list[RawMessage], list[dict[str, object]]]:
     """Messages, and the tool schemas that Langfuse's LangChain handler writes among them as if a tool had spoken."""
+    listed = listed[0] if len(listed) == 1 and isinstance(listed[0], list) else listed  # LangChain: of a batch of one
     schemas = [item["content"] for item in listed if _is_schema(item)]  # type: ignore[index]
     return to_raw_messages([item for item in listed if not _is_schema(item)], place), to_tools(schemas)
 
@@ -162,7 +163,7 @@ def _answer_in(value: dict[str, object], place: str) -> tuple[object, object]:
         incomplete = value.get("incomplete_details")
         return value["output"], incomplete.get("reason") if isinstance(incomplete, dict) else None
     finish = value.get("stop_reason", value.get("finish_reason"))
-    if isinstance(value.get("message"), dict) or "role" in value or "kwargs" in value or value.get("type") in {"ai", "AIMessageChunk"}:
+    if isinstance(value.get("message"), dict) or "role" in value or "kwargs" in value or value.get("type") in ("ai", "AIMessageChunk"):
         return value, finish
     return _in_free_form(value, place), finish
 

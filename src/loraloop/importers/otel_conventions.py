@@ -215,7 +215,7 @@ def _indexed(known: Attributes, prefix: str, inner: str | None, place: str) -> l
     found: list[RawMessage] = []
     for at, entry in _entries(known, prefix):
         node = entry.get(inner) if inner else entry
-        if not isinstance(node, dict) or not (node.keys() & _SAID or node.get("role") in {"system", "user", "tool"}):
+        if not isinstance(node, dict) or not (node.keys() & _SAID or node.get("role") in ("system", "user", "tool")):
             continue  # a turn of the agent whose words are not there: what comes next shows the gap
         if node.get("content") == REDACTED:
             return []

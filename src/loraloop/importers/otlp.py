@@ -1,8 +1,7 @@
 """OpenTelemetry traces as OTLP JSON: a file exporter's lines, or one export request; GenAI conventions of all ages, and OpenInference.
 
-A trace becomes an episode for its main agent, and one for each sub-agent and side call (`trace_episodes` says which is which). The spans
-of a trace lie anywhere in the file, so it is gone through twice: once for where each trace ends, once to read, holding only the traces
-that have begun and not ended. A trace that lies in several files is read from each as far as it is there: join such files first.
+A trace becomes an episode for its main agent, and one for each sub-agent and side call (`trace_episodes` says which is which). Its spans
+lie anywhere in the file; of a trace that lies in several files each gives its part, so join such files first.
 
 Evaluations (`gen_ai.evaluation.result`, OpenInference annotations) give the outcome where their name says that it is one. Content is off
 by default in most instrumentations; a trace without it is refused as `no_content`. Metrics are passed over.
@@ -11,29 +10,24 @@ by default in most instrumentations; a trace without it is refused as `no_conten
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
 from loraloop.episode import Episode
-from loraloop.importers.entry import Entry, EntryRefused
-from loraloop.importers.json_input import iter_entries, opening_keys
+from loraloop.importers.entry import EntryRefused
+from loraloop.importers.json_input import opening_keys
 from loraloop.importers.otel_conventions import agent_of, kind_of, read_call, scores_of, session_of, task_of
 from loraloop.importers.otlp_wire import Event, WireSpan, iter_spans, trace_ids
 from loraloop.importers.span_tree import Span, Trace
 from loraloop.importers.trace_episodes import convert_traces
+from loraloop.importers.trace_files import Gathered, gather
 from loraloop.training_data import Refusal
 
+CAPTURE_ADVICE = (
+    "turn on the recording of message content in the instrumentation (it is off by default; OpenTelemetry: "
+    "OTEL_INSTRUMENTATION_GENAI_CAPTURE_MESSAGE_CONTENT=true), and record the runs anew"
+)
 _MARKS = {"resourceSpans", "resource_spans", "resourceLogs", "resource_logs"}
-
-
-@dataclass
-class _Open:
-    """A trace whose end has not been read yet."""
-
-    place: str
-    spans: list[WireSpan] = field(default_factory=list)
-    problem: EntryRefused | None = None
 
 
 class OtlpImporter:
@@ -52,44 +46,14 @@ class OtlpImporter:
 
     def read(self, path: Path) -> Iterator[Episode | Refusal]:
         """The episodes of each trace, in the order in which traces end. Raises ImportFailed for a file that is no JSON."""
-        return convert_traces(path, self.name, _iter_traces(path))
+        return convert_traces(path, self.name, map(_to_trace, gather(path, iter_spans, trace_ids)), CAPTURE_ADVICE)
 
 
-def _iter_traces(path: Path) -> Iterator[Trace]:
-    last: dict[str, int] = {}
-    for number, entry in enumerate(iter_entries(path)):
-        last.update(dict.fromkeys(trace_ids(entry.value), number))
-    waiting: dict[str, _Open] = {}
-    for number, entry in enumerate(iter_entries(path)):
-        yield from _take(entry, waiting)
-        for trace_id in [trace_id for trace_id in waiting if last.get(trace_id, number) <= number]:
-            yield _to_trace(trace_id, waiting.pop(trace_id))
-    for trace_id, begun in waiting.items():
-        yield _to_trace(trace_id, begun)
-
-
-def _take(entry: Entry, waiting: dict[str, _Open]) -> Iterator[Trace]:
-    """Add the spans of a line to their traces; a line or span that belongs to none is given as a trace that cannot be read."""
+def _to_trace(gathered: Gathered[WireSpan]) -> Trace:
+    place = f"{gathered.place}, trace {gathered.id}" if gathered.id else gathered.place
+    trace = Trace(gathered.id, place, problem=gathered.problem)
     try:
-        if entry.problem is not None:
-            raise entry.problem
-        for trace_id, span in iter_spans(entry.value):
-            if isinstance(span, WireSpan):
-                waiting.setdefault(trace_id, _Open(entry.place)).spans.append(span)
-            elif trace_id:
-                begun = waiting.setdefault(trace_id, _Open(entry.place))
-                begun.problem = begun.problem or span
-            else:
-                yield Trace(trace_id, entry.place, problem=span)
-    except EntryRefused as error:
-        yield Trace("", entry.place, problem=error)
-
-
-def _to_trace(trace_id: str, begun: _Open) -> Trace:
-    place = f"{begun.place}, trace {trace_id}"
-    trace = Trace(trace_id, place, problem=begun.problem)
-    try:
-        for order, wire in enumerate(_with_logs(begun.spans)):
+        for order, wire in enumerate(_with_logs(gathered.parts)):
             _add_span(trace, wire, order)
     except EntryRefused as error:
         trace.problem = trace.problem or error

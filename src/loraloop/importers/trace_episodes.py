@@ -23,26 +23,24 @@ from loraloop.importers.span_tree import Score, Span, SpanTree, Trace
 from loraloop.importers.trace_scores import outcome_of
 from loraloop.training_data import Refusal
 
-CAPTURE_ADVICE = (
-    "turn on the recording of message content in the instrumentation (it is off by default; OpenTelemetry: "
-    "OTEL_INSTRUMENTATION_GENAI_CAPTURE_MESSAGE_CONTENT=true), and record the runs anew"
-)
 
+def convert_traces(path: Path, format_name: str, traces: Iterable[Trace], capture_advice: str) -> Iterator[Episode | Refusal]:
+    """The episodes of each trace, the main one first, under their content ids; or a Refusal for a trace, or for one of its threads.
 
-def convert_traces(path: Path, format_name: str, traces: Iterable[Trace]) -> Iterator[Episode | Refusal]:
-    """The episodes of each trace, the main one first, under their content ids; or a Refusal for a trace, or for one of its threads."""
+    `capture_advice` says how to have content recorded, for a trace without any.
+    """
     for trace in traces:
-        yield from convert_entries(path, _to_entries(trace, format_name), lambda episode: cast("Episode", episode))
+        yield from convert_entries(path, _to_entries(trace, format_name, capture_advice), lambda episode: cast("Episode", episode))
 
 
-def _to_entries(trace: Trace, format_name: str) -> Iterator[Entry]:
+def _to_entries(trace: Trace, format_name: str, capture_advice: str) -> Iterator[Entry]:
     try:
         if trace.problem is not None:
             raise trace.problem
         tree = SpanTree(trace.spans)
         threads = _main_first(tree, make_threads(tree))
         if not threads:
-            raise _nothing_told(tree)
+            raise _nothing_told(tree, capture_advice)
         require_clean([trace.id, trace.task_id, trace.tags])
     except EntryRefused as error:
         yield Entry(trace.place, problem=error)
@@ -70,7 +68,7 @@ class _Builder:
 
     def build(self, thread: Thread) -> Episode:
         told, thoughts = pop_reasoning(_without_finish(thread.telling()))
-        require_clean([told, thread.longest.call.tools])
+        require_clean([told, [call.call.tools for call in thread.calls]])
         taken = take_messages(_require_no_gap(told), "messages")
         records = _to_records(thread, self.task_id) if thread.is_rewritten else ()
         outcome, decided_by, score_tags = outcome_of(self._scores(thread))
@@ -157,7 +155,7 @@ def _main_first(tree: SpanTree, threads: list[Thread]) -> list[Thread]:
     return [main, *(thread for thread in threads if thread is not main)]
 
 
-def _nothing_told(tree: SpanTree) -> EntryRefused:
+def _nothing_told(tree: SpanTree, capture_advice: str) -> EntryRefused:
     models = [span for span in tree if span.kind == "model"]
     if not models:
         n_spans = sum(1 for _ in tree)
@@ -167,7 +165,7 @@ def _nothing_told(tree: SpanTree) -> EntryRefused:
         found = f"no call of a model that went well (calls: {len(models)}; the last failed with {show(models[-1].error)})"
         return EntryRefused("run_error", found, "an answer", "leave it out: there is nothing to learn")
     found = f"no content recorded (calls of a model: {len(models)}; the first is span {show(models[0].id)})"
-    return EntryRefused("no_content", found, "what the model was given and what it answered", CAPTURE_ADVICE)
+    return EntryRefused("no_content", found, "what the model was given and what it answered", capture_advice)
 
 
 def _prompt_task(thread: Thread) -> str:
@@ -187,6 +185,7 @@ def _to_records(thread: Thread, task_id: str) -> tuple[LlmCallRecord, ...]:
 
 def _to_record(call: ThreadCall, task_id: str) -> LlmCallRecord:
     told, _ = pop_reasoning(_without_finish([*call.call.messages, call.response]))
+    require_clean(told)
     messages: list[Message] = take_messages(_require_no_gap(told), "messages").messages
     start, end = call.span.start_ms, call.span.end_ms
     return LlmCallRecord(
