@@ -72,7 +72,7 @@ def test_an_empty_file_has_no_entries(store, write):
 
 def test_the_format_can_be_said(store, write):
     assert ingest_file(store, write("not json"), format_name="openai").refused == {"bad_json": 1}
-    with pytest.raises(SettingsError, match=r"no importer named 'tau_bench'; known: alpaca, intercode, openai, .*Did you mean tau-bench"):
+    with pytest.raises(SettingsError, match=r"no importer named 'tau_bench'; known: alpaca, intercode, .*openai, .*Did you mean tau-bench"):
         ingest_file(store, write("[]"), format_name="tau_bench")
 
 
@@ -153,6 +153,7 @@ def test_real_files_are_told_apart(shared_data):
     by_format = {
         "alpaca": ["alpaca/fireact_hotpotqa.json"],
         "intercode": [name for name in formats if name.startswith("intercode/")],
+        "langfuse": [name for name in formats if name.startswith("langfuse/") and name.endswith(".trace.json")],
         "openai": ["openai_ft/fireact_hotpotqa.jsonl", "openai_ft/tau2_train_sft-v1-small.jsonl", "sharegpt/mllm_demo.json"],
         "otlp": ["otlp/tau_airline.jsonl"],
         "sharegpt": ["sharegpt/glaive_toolcall_en_demo.json"],
@@ -162,4 +163,4 @@ def test_real_files_are_told_apart(shared_data):
         "who-and-when": [name for name in formats if name.startswith("who_and_when/")],
     }
     assert {name: [path for path, found in formats.items() if found == name] for name in set(formats.values())} == by_format
-    assert [len(by_format[name]) for name in ("intercode", "swe-agent", "verifiers", "who-and-when")] == [4, 22, 6, 30]
+    assert [len(by_format[name]) for name in ("intercode", "langfuse", "swe-agent", "verifiers", "who-and-when")] == [4, 14, 22, 6, 30]

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from loraloop.files import content_hash
-from loraloop.importers.chat_dialects import RawMessage, find_json
+from loraloop.importers.chat_dialects import SILENT, RawMessage, find_json
 from loraloop.importers.model_io import ModelCall
 from loraloop.importers.span_tree import Span, SpanTree
 
@@ -101,8 +101,10 @@ def make_threads(tree: SpanTree) -> list[Thread]:
 
 
 def is_told(call: ModelCall | None) -> bool:
-    """Whether both sides of the call were recorded."""
-    return call is not None and call.response is not None and (bool(call.messages) or call.is_delta)
+    """Whether both sides of the call were recorded, words and all."""
+    if call is None or call.response is None or not (call.messages or call.is_delta):
+        return False
+    return not any(message.get(SILENT) for message in [*call.messages, call.response])
 
 
 def wording(message: RawMessage) -> str:

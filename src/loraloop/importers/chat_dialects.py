@@ -21,6 +21,10 @@ REASONING = "reasoning"
 """The key of what the model thought before it spoke; a Message has no place for it."""
 SILENT = "silent"
 """The key of a message whose words were left out, as tracing tools do that are told to record no content."""
+REBUILT = "rebuilt"
+"""The key of a message that was cut out of a telling in one text."""
+NOTES = (SILENT, REBUILT, "finish_reason")
+"""What is noted on a message on its way and is no part of it."""
 
 _ROLES = {
     "human": "user",

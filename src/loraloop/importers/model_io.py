@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 
-from loraloop.importers.chat_dialects import RawMessage, assistant_message, find_json, to_raw_messages
+from loraloop.importers.chat_dialects import REBUILT, RawMessage, assistant_message, find_json, to_raw_messages
 from loraloop.importers.entry import EntryRefused, show
 
 REDACTED = "__REDACTED__"
@@ -60,6 +60,13 @@ def read_request(value: object, place: str) -> tuple[list[RawMessage], list[dict
     )
     messages, tools = _split_tools(_listed(value[key]), place)
     return with_system(system, messages, place), to_tools(request.get("tools") or request.get("functions")) or tools
+
+
+def find_tools(value: object) -> list[dict[str, object]]:
+    """The tools in a request whose messages are known from elsewhere; none where it names none."""
+    request = find_json(value)
+    settings = request.get("config", request) if isinstance(request, dict) else None
+    return to_tools(settings.get("tools") or settings.get("functions")) if isinstance(settings, dict) else []
 
 
 def read_response(value: object, place: str) -> tuple[RawMessage | None, str | None]:
@@ -144,7 +151,7 @@ def _spoken(text: str) -> list[RawMessage]:
         return [{"role": "user", "content": text}]
     ends = [mark.start() - 1 for mark in marks[1:]] + [len(text)]
     turns = [(mark[1], text[mark.end() : end]) for mark, end in zip(marks, ends, strict=True)]
-    return [{"role": role, "content": None if role == "assistant" and said == "None" else said} for role, said in turns]
+    return [{"role": role, "content": None if role == "assistant" and said == "None" else said, REBUILT: True} for role, said in turns]
 
 
 def _answer_in(value: dict[str, object], place: str) -> tuple[object, object]:

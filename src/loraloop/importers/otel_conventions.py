@@ -12,7 +12,7 @@ import json
 from collections.abc import Mapping
 
 from loraloop.importers.call_threads import GAP
-from loraloop.importers.chat_dialects import SILENT, RawMessage, assistant_message, find_json, to_raw_messages
+from loraloop.importers.chat_dialects import RawMessage, assistant_message, find_json, to_raw_messages
 from loraloop.importers.entry import EntryRefused, find_finite, show
 from loraloop.importers.model_io import REDACTED, ModelCall, as_finish, read_request, read_response, to_tools, with_system
 from loraloop.importers.otlp_wire import Event
@@ -39,7 +39,7 @@ _KINDS: dict[str, SpanKind] = {
 }
 _KIND_KEYS = ("openinference.span.kind", "gen_ai.operation.name", "llm.request.type", "traceloop.span.kind")
 _AGENT_KEYS = ("gen_ai.agent.name", "agent.name", "agent_name")
-_TASK_KEYS = ("task.id", "task_id", "gen_ai.task.id", "langfuse.dataset.item.id")
+_TASK_KEYS = ("task.id", "task_id", "gen_ai.task.id", "langfuse.experiment.item.id")
 _SESSION_KEYS = ("gen_ai.conversation.id", "session.id")
 _MODEL_KEYS = ("gen_ai.response.model", "llm.model_name", "gen_ai.request.model")
 _MESSAGE_EVENTS = {f"gen_ai.{role}.message" for role in ("system", "user", "assistant", "tool")}
@@ -74,8 +74,11 @@ def session_of(attributes: Attributes) -> str | None:
     return _text(attributes, _SESSION_KEYS)
 
 
-def read_call(attributes: Attributes, events: list[Event], place: str, *, n_dropped: int = 0) -> ModelCall:
-    """What the model was given and answered, as far as it was recorded. Refused as `truncated_content` or `bad_shape`."""
+def read_call(attributes: Attributes, events: list[Event], place: str, *, n_dropped: int = 0, free_form: bool = True) -> ModelCall:
+    """What the model was given and answered, as far as it was recorded; without `input.value` and `output.value` unless `free_form`.
+
+    Refused as `truncated_content` or `bad_shape`.
+    """
     details = {key: part for event in events if event.name == DETAILS_EVENT for key, part in _event_payload(event).items()}
     known = {**details, **attributes}
     call = ModelCall(
@@ -84,14 +87,12 @@ def read_call(attributes: Attributes, events: list[Event], place: str, *, n_drop
         is_delta=known.get("agentpile.input_reconstructed") is True,
         is_copied=str(known.get("agentpile.step.is_copied_context")).lower() == "true",
     )
-    for read in (_openinference, _genai, _openllmetry, _free_form):
+    for read in (_openinference, _genai, _openllmetry, *([_free_form] if free_form else [])):
         if call.messages and call.response and call.tools:
             break
         read(known, call, place)
         if read is _openllmetry:
             _message_events(_as_events(known.get("events"), place) or events, call, place)
-    if any(message.get(SILENT) for message in [*call.messages, call.response or {}]):
-        call.messages, call.response = [], None
     if n_dropped and call.response is not None and any(key.startswith(("llm.input_messages.", "gen_ai.prompt.")) for key in known):
         found = f"{place}: {n_dropped} attributes that the exporter dropped"
         advice = "raise OTEL_SPAN_ATTRIBUTE_COUNT_LIMIT, and record the run anew"

@@ -16,7 +16,7 @@ from pydantic import JsonValue
 from loraloop.episode import Episode, EpisodeMetadata, LlmCallRecord, Message
 from loraloop.files import content_hash
 from loraloop.importers.call_threads import GAP, Thread, ThreadCall, is_told, make_threads, wording
-from loraloop.importers.chat_dialects import RawMessage, pop_reasoning
+from loraloop.importers.chat_dialects import NOTES, REBUILT, RawMessage, pop_reasoning
 from loraloop.importers.entry import Entry, EntryRefused, convert_entries, require_clean, show, to_tags
 from loraloop.importers.openai_messages import Taken, take_messages, take_tools
 from loraloop.importers.span_tree import Score, Span, SpanTree, Trace
@@ -67,7 +67,7 @@ class _Builder:
         self.task_id = trace.task_id or _prompt_task(self.main)
 
     def build(self, thread: Thread) -> Episode:
-        told, thoughts = pop_reasoning(_without_finish(thread.telling()))
+        told, thoughts = pop_reasoning(_without_notes(thread.telling()))
         require_clean([told, [call.call.tools for call in thread.calls]])
         taken = take_messages(_require_no_gap(told), "messages")
         records = _to_records(thread, self.task_id) if thread.is_rewritten else ()
@@ -81,7 +81,7 @@ class _Builder:
             task_id=self.task_id,
             group_id=self.task_id if is_main else f"{self.task_id}/{agent or 'side'}",
             messages=tuple(taken.messages),
-            tools=_tools(thread.longest),
+            tools=_tools(_offered(thread)),
             records=records,
             outcome=outcome,
             metadata=EpisodeMetadata(
@@ -114,6 +114,7 @@ class _Builder:
             "parent_span_id": None if is_main else self._parent(thread),
             "run_error": is_failed or None,
             "span_id": self._top(thread).id,
+            "text": "rebuilt" if any(message.get(REBUILT) for message in longest.call.messages) else None,
             "tools_vary": True if len({content_hash([*call.call.tools]) for call in thread.calls}) > 1 else None,
             "trace_id": self.trace.id,
         }
@@ -184,7 +185,7 @@ def _to_records(thread: Thread, task_id: str) -> tuple[LlmCallRecord, ...]:
 
 
 def _to_record(call: ThreadCall, task_id: str) -> LlmCallRecord:
-    told, _ = pop_reasoning(_without_finish([*call.call.messages, call.response]))
+    told, _ = pop_reasoning(_without_notes([*call.call.messages, call.response]))
     require_clean(told)
     messages: list[Message] = take_messages(_require_no_gap(told), "messages").messages
     start, end = call.span.start_ms, call.span.end_ms
@@ -193,18 +194,23 @@ def _to_record(call: ThreadCall, task_id: str) -> LlmCallRecord:
         task_id=task_id,
         messages=tuple(messages[:-1]),
         response=messages[-1],
-        tools=_tools(call),
+        tools=_tools(call.call.tools),
         model=call.call.model or "",
         latency_ms=max(0, end - start) if start is not None and end is not None else 0,
     )
 
 
-def _tools(call: ThreadCall) -> tuple[dict[str, JsonValue], ...]:
-    return cast("tuple[dict[str, JsonValue], ...]", take_tools(call.call.tools))
+def _offered(thread: Thread) -> list[dict[str, object]]:
+    """The tools of the longest call; where none were recorded with it, those of the last call that has some."""
+    return thread.longest.call.tools or next((call.call.tools for call in reversed(thread.calls) if call.call.tools), [])
 
 
-def _without_finish(messages: list[RawMessage]) -> list[RawMessage]:
-    return [{key: part for key, part in message.items() if key != "finish_reason"} for message in messages]
+def _tools(offered: list[dict[str, object]]) -> tuple[dict[str, JsonValue], ...]:
+    return cast("tuple[dict[str, JsonValue], ...]", take_tools(offered))
+
+
+def _without_notes(messages: list[RawMessage]) -> list[RawMessage]:
+    return [{key: part for key, part in message.items() if key not in NOTES} for message in messages]
 
 
 def _require_no_gap(messages: list[RawMessage]) -> list[RawMessage]:
