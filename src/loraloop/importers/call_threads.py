@@ -80,9 +80,14 @@ class Thread:
 
 
 def make_threads(tree: SpanTree) -> list[Thread]:
-    """The threads of a trace, in the order in which they began."""
+    """The threads of a trace, in the order in which they began. Raises the problem of a call that cannot be read."""
     threads: list[Thread] = []
-    spans = [span for span in tree if span.kind == "model" and is_told(span.call) and not _is_inside_call(tree, span)]
+    told = [span for span in tree if span.kind == "model" and is_told(span.call)]
+    within = {above.id for span in told for above in tree.line_up(span)}
+    broken = next((span.problem for span in tree if span.problem is not None and span.id not in within), None)
+    if broken is not None:
+        raise broken
+    spans = [span for span in told if not _is_inside_call(tree, span)]
     for span in sorted(spans, key=lambda span: (span.start_ms or 0, span.order)):
         owner = tree.owner(span)
         call, response = span.call, span.call.response if span.call else None

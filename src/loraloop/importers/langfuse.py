@@ -20,7 +20,7 @@ from loraloop.importers.entry import EntryRefused, require_clean, show
 from loraloop.importers.json_input import iter_entries, opening_keys
 from loraloop.importers.model_io import ModelCall, as_finish, find_tools, read_request, read_response, to_tools
 from loraloop.importers.otel_conventions import agent_of, kind_of, read_call, task_of
-from loraloop.importers.span_tree import Score, Span, SpanKind, Trace
+from loraloop.importers.span_tree import Score, Span, SpanKind, Trace, try_call
 from loraloop.importers.trace_episodes import convert_traces
 from loraloop.importers.trace_files import Gathered, gather, to_ms
 from loraloop.training_data import Refusal
@@ -153,6 +153,7 @@ def _add_observation(trace: Trace, row: Row, order: int) -> None:
     kind = _KINDS.get(named, kind_of(attributes)) if isinstance(named, str) else "other"
     if kind == "model" and named != "GENERATION":
         kind = "other"
+    call, problem = try_call(lambda: _to_call(row, attributes, f"observation {show(span_id)}")) if kind == "model" else (None, None)
     said = _text(row, "statusMessage", "status_message")
     trace.spans.append(
         Span(
@@ -164,7 +165,8 @@ def _add_observation(trace: Trace, row: Row, order: int) -> None:
             end_ms=to_ms(row.get("endTime", row.get("end_time"))),
             error=(said or "an error that is not described") if row.get("level") == "ERROR" else None,
             agent=agent_of(attributes),
-            call=_to_call(row, attributes, f"observation {show(span_id)}") if kind == "model" else None,
+            call=call,
+            problem=problem,
             order=order,
         )
     )

@@ -16,7 +16,7 @@ from loraloop.episode import Episode
 from loraloop.importers.entry import EntryRefused, require_clean, show
 from loraloop.importers.json_input import opening_keys
 from loraloop.importers.model_io import ModelCall, as_finish, read_request, read_response, to_tools
-from loraloop.importers.span_tree import Score, Span, SpanKind, Trace
+from loraloop.importers.span_tree import Score, Span, SpanKind, Trace, try_call
 from loraloop.importers.trace_episodes import convert_traces
 from loraloop.importers.trace_files import Gathered, gather, to_ms
 from loraloop.training_data import Refusal
@@ -149,6 +149,7 @@ def _to_span(run: Run, rows: list[Run], order: int) -> Span:
         raise EntryRefused("bad_shape", f"a run with id {show(run.get('id'))}", "an id", "export it again with its id")
     require_clean([run_id, run.get("name"), run.get("error")])
     kind = _KINDS.get(run.get("run_type") if isinstance(run.get("run_type"), str) else None, "other")
+    call, problem = try_call(lambda: _to_call(run, f"run {show(run_id)}")) if kind == "model" else (None, None)
     error, path = run.get("error"), _dotted(run)
     parent = _text(run, "parent_run_id") or (path[-2] if len(path) > 1 else None)
     return Span(
@@ -160,7 +161,8 @@ def _to_span(run: Run, rows: list[Run], order: int) -> Span:
         end_ms=to_ms(run.get("end_time")),
         error=(error if isinstance(error, str) else show(error)) if error else None,
         agent=_text(_metadata(run), "lc_agent_name"),
-        call=_to_call(run, f"run {show(run_id)}") if kind == "model" else None,
+        call=call,
+        problem=problem,
         scores=[*_own_scores(run), *(_score(row) for row in rows if row.get("run_id") == run_id)],
         order=order,
     )

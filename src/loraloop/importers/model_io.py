@@ -160,7 +160,8 @@ def _answer_in(value: dict[str, object], place: str) -> tuple[object, object]:
         first = _first(value.get(key))
         if isinstance(first, dict):
             said = next((first[name] for name in ("message", "content", "text") if first.get(name) is not None), None)
-            return said, first.get("finish_reason", first.get("finishReason"))
+            answer = {**said, "role": "assistant"} if isinstance(said, dict) else said  # some writers copy the user's role
+            return answer, first.get("finish_reason", first.get("finishReason"))
     generation = _first(_first(value.get("generations")))
     if isinstance(generation, dict):
         info = generation.get("generation_info")

@@ -18,7 +18,7 @@ from loraloop.importers.entry import EntryRefused
 from loraloop.importers.json_input import opening_keys
 from loraloop.importers.otel_conventions import agent_of, kind_of, read_call, scores_of, session_of, task_of
 from loraloop.importers.otlp_wire import Event, WireSpan, iter_spans, trace_ids
-from loraloop.importers.span_tree import Span, Trace
+from loraloop.importers.span_tree import Span, Trace, try_call
 from loraloop.importers.trace_episodes import convert_traces
 from loraloop.importers.trace_files import Gathered, gather
 from loraloop.training_data import Refusal
@@ -65,7 +65,9 @@ def _add_span(trace: Trace, wire: WireSpan, order: int) -> None:
     kind = kind_of(attributes) if wire.has_span else "model"
     own, of_trace = scores_of(attributes, wire.events)
     where = f"span {wire.id}"
-    call = read_call(attributes, wire.events, where, n_dropped=wire.n_dropped) if kind == "model" else None
+    call, problem = None, None
+    if kind == "model":
+        call, problem = try_call(lambda: read_call(attributes, wire.events, where, n_dropped=wire.n_dropped))
     trace.spans.append(
         Span(
             id=wire.id,
@@ -77,6 +79,7 @@ def _add_span(trace: Trace, wire: WireSpan, order: int) -> None:
             error=wire.error,
             agent=agent_of(attributes),
             call=call,
+            problem=problem,
             scores=own,
             order=order,
         )

@@ -7,7 +7,7 @@ called whom.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -41,6 +41,8 @@ class Span:
     agent: str | None = None
     """The name of the agent, of its own span and of calls that name who made them."""
     call: ModelCall | None = None
+    problem: EntryRefused | None = field(default=None, compare=False)
+    """Why what was recorded of a call cannot be read; it spoils the trace, unless a readable call lies within."""
     scores: list[Score] = field(default_factory=list)
     order: int = field(default=0, compare=False)
     """The position in the file, for spans that began at the same time."""
@@ -62,6 +64,14 @@ class Trace:
     """False where the recorder made the times up to have an order."""
     problem: EntryRefused | None = None
     """Why it cannot be read at all."""
+
+
+def try_call(read: Callable[[], ModelCall]) -> tuple[ModelCall | None, EntryRefused | None]:
+    """(the call, None), or (None, why it cannot be read)."""
+    try:
+        return read(), None
+    except EntryRefused as error:
+        return None, error
 
 
 class SpanTree:
