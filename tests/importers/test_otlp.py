@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import base64
 import json
+import time
 import tracemalloc
 from collections import Counter
 from pathlib import Path
@@ -96,13 +97,15 @@ def test_a_model_called_by_a_tool_is_a_side_thread(episodes):
 def test_a_title_that_another_prompt_asked_for_is_no_turn_of_the_agent(episodes):
     title = chat([text("system", "Name this conversation."), USER], text("assistant", "Eggs"))
     main, side = episodes(
-        span(1, agent("cook")),
+        span(1, agent("cook", **{"annotations.0.annotation.name": "success", "annotations.0.annotation.score": 1.0})),
         span(2, title, 1),
         span(3, chat([SYSTEM, USER], ASKED), 1),
         span(4, chat([SYSTEM, USER, ASKED, *TOLD], ANSWER), 1),
     )
     assert trained(main) == ["find", "On the shelf."]
     assert trained(side) == ["Eggs"]
+    assert (main.outcome, side.outcome) == (Success(1.0), Unknown()), "what was said of the run is not said of the title"
+    assert side.metadata.tags["span_id"] == f"{2:016x}"
     assert side.metadata.tags["parent_span_id"] == main.metadata.tags["span_id"]
 
 
@@ -148,6 +151,31 @@ def test_a_second_run_that_goes_on_with_the_history_is_the_same_conversation(epi
 def test_a_call_recorded_twice_one_within_the_other_is_one(episodes):
     (episode,) = episodes(span(1, chat([USER], ANSWER)), span(2, chat([USER], text("assistant", "another wording")), 1))
     assert trained(episode) == ["On the shelf."]
+
+
+def test_a_history_that_begins_with_the_results_of_tools_goes_on_where_the_provider_kept_the_rest(episodes):
+    (episode,) = episodes(span(1, agent("cook")), span(2, chat([SYSTEM, USER], ASKED), 1), span(3, chat(TOLD, ANSWER), 1))
+    assert [message.role for message in episode.messages] == ["system", "user", "assistant", "tool", "tool", "assistant"]
+    assert trained(episode) == ["find", "On the shelf."]
+
+
+def test_a_call_copied_from_another_run_is_context(episodes):
+    copied = chat([USER], ASKED, **{"agentpile.step.is_copied_context": "true"})
+    (episode,) = episodes(span(1, copied), span(2, chat([USER, ASKED, *TOLD], ANSWER)))
+    assert trained(episode) == ["On the shelf."]
+
+
+def test_the_agent_with_tools_is_the_main_one_among_equals(episodes):
+    offered = {"gen_ai.tool.definitions": json.dumps([{"type": "function", "name": "find"}])}
+    simulated = [chat([text("system", "You are a customer."), *told], text("assistant", "Egg?")) for told in ([], [ANSWER])]
+    main, side = episodes(span(1, simulated[0]), span(2, chat([SYSTEM, USER], ANSWER, **offered)), span(3, simulated[1]))
+    assert (main.messages[0].content, side.messages[0].content) == ("Cook.", "You are a customer.")
+
+
+def test_a_picture_that_a_tool_showed_is_refused_by_name(episodes):
+    shown = result("c1", [{"type": "image", "data": "AAAA"}])
+    (refusal,) = episodes(span(1, chat([USER, calls(("c1", "look", {})), shown], ANSWER)))
+    assert (refusal.reason, '"image"' in refusal.detail) == ("unsupported_content", True)
 
 
 def test_what_the_model_thought_is_apart(episodes):
@@ -384,6 +412,15 @@ def test_a_bad_trace_spoils_itself_only(episodes):
     refusal, episode = episodes(span(1, chat([USER], ANSWER)), bad)[::-1]
     assert (refusal.reason, type(episode)) == ("cyclic_spans", Episode)
     assert "line 1, trace 1111" in refusal.detail
+
+
+def test_long_traces_take_little_time_and_bottomless_ones_are_refused(episodes):
+    started = time.monotonic()
+    (refusal,) = episodes(*(span(n, chat([USER], ANSWER), n - 1) for n in range(1, 3000)))
+    assert (refusal.reason, "nested deeper" in refusal.detail) == ("bad_shape", True)
+    told = episodes(*(span(n, chat([text("system", str(n)), USER], ANSWER)) for n in range(1, 1500)))
+    assert len(told) == 1499
+    assert time.monotonic() - started < 5
 
 
 def test_attempts_at_one_task_begin_with_the_same_prompt_or_name_it(episodes):

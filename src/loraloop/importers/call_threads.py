@@ -11,7 +11,8 @@ Turns of the assistant that no call of the thread answered are context: examples
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import islice
 
 from loraloop.files import content_hash
 from loraloop.importers.chat_dialects import SILENT, RawMessage, find_json
@@ -68,7 +69,8 @@ class Thread:
     def telling(self) -> list[RawMessage]:
         """The longest history with its answer: turns that calls answered as they answered, other turns of the assistant at weight 0."""
         longest = self.longest
-        own = {len(call.words): call for call in self.calls if _begins([*longest.words, longest.answer], [*call.words, call.answer])}
+        whole = [*longest.words, longest.answer]
+        own = {len(call.words): call for call in self.calls if _begins(whole, call.words) and _same(whole[len(call.words)], call.answer)}
         told = []
         for at, message in enumerate([*longest.call.messages, longest.response]):
             call = own.get(at)
@@ -81,26 +83,19 @@ class Thread:
 
 def make_threads(tree: SpanTree) -> list[Thread]:
     """The threads of a trace, in the order in which they began. Raises the problem of a call that cannot be read."""
-    threads: list[Thread] = []
     told = [span for span in tree if span.kind == "model" and is_told(span.call)]
-    within = {above.id for span in told for above in tree.line_up(span)}
-    broken = next((span.problem for span in tree if span.problem is not None and span.id not in within), None)
-    if broken is not None:
-        raise broken
-    spans = [span for span in told if not _is_inside_call(tree, span)]
-    for span in sorted(spans, key=lambda span: (span.start_ms or 0, span.order)):
-        owner = tree.owner(span)
-        call, response = span.call, span.call.response if span.call else None
-        if call is None or response is None:
-            continue
-        if call.is_delta or _answers_only(call):
-            call = _with_history(call, _latest(threads, owner))
-        words = [wording(message) for message in call.messages]
-        placed = ThreadCall(span, call, response, owner, words, wording(response))
-        thread = _continued(placed, threads) or _same_place(placed, threads)
+    _require_readable(tree, told)
+    threads: list[Thread] = []
+    by_prompt: dict[tuple[str | None, tuple[str, ...]], list[Thread]] = {}
+    calls = [span for span in told if not _is_inside_call(tree, span)]
+    for span in sorted(calls, key=lambda span: (span.start_ms or 0, span.order)):
+        placed = _place(span, tree.owner(span), threads)
+        alike = by_prompt.setdefault((placed.agent, _system(placed)), [])
+        thread = _continued(placed, alike) or _same_place(placed, alike)
         if thread is None:
             thread = Thread()
             threads.append(thread)
+            alike.append(thread)
         thread.calls.append(placed)
     return threads
 
@@ -134,41 +129,56 @@ def _begins(words: Sequence[str], start: Sequence[str]) -> bool:
     return len(words) >= len(start) and all(_same(one, other) for one, other in zip(words, start, strict=False))
 
 
+def _require_readable(tree: SpanTree, told: list[Span]) -> None:
+    """Raise the problem of a call that cannot be read, unless a readable one lies within it."""
+    around: set[str] = set()
+    for span in told:
+        for above in tree.line_up(span):
+            if above.id in around:
+                break
+            around.add(above.id)
+    broken = next((span.problem for span in tree if span.problem is not None and span.id not in around), None)
+    if broken is not None:
+        raise broken
+
+
+def _place(span: Span, owner: Span | None, threads: list[Thread]) -> ThreadCall:
+    """The call of `span` with its whole history: one that holds only what came since continues the latest thread of its owner."""
+    call = span.call or ModelCall()
+    words = [wording(message) for message in call.messages]
+    if call.is_delta or _answers_only(call):
+        thread = next((thread for thread in reversed(threads) if thread.calls[-1].owner is owner), None)
+        if thread is not None:
+            last = thread.calls[-1]
+            words = [*last.words, last.answer, *words]
+            call = replace(call, messages=[*last.call.messages, last.response, *call.messages], is_delta=False)
+    response = call.response or {}
+    return ThreadCall(span, call, response, owner, words, wording(response))
+
+
 def _continued(placed: ThreadCall, threads: list[Thread]) -> Thread | None:
     for thread in reversed(threads):
         last = thread.calls[-1]
-        if last.agent == placed.agent and _begins(placed.words, [*last.words, last.answer]):
+        n_told = len(last.words)
+        goes_on = len(placed.words) > n_told and _same(placed.words[n_told], last.answer)
+        if goes_on and _begins(placed.words, last.words):
             return thread
     return None
 
 
 def _same_place(placed: ThreadCall, threads: list[Thread]) -> Thread | None:
-    for thread in reversed(threads):
-        last = thread.calls[-1]
-        if last.owner is placed.owner and last.agent == placed.agent and _system(last) == _system(placed):
-            return thread
-    return None
+    return next((thread for thread in reversed(threads) if thread.calls[-1].owner is placed.owner), None)
 
 
-def _system(placed: ThreadCall) -> list[str]:
-    return [word for word, raw in zip(placed.words, placed.call.messages, strict=True) if raw.get("role") in {"system", "developer"}][:1]
-
-
-def _latest(threads: list[Thread], owner: Span | None) -> Thread | None:
-    return next((thread for thread in reversed(threads) if thread.calls[-1].owner is owner), None)
+def _system(placed: ThreadCall) -> tuple[str, ...]:
+    """The first system prompt, where there is one."""
+    first = (at for at, raw in enumerate(placed.call.messages) if raw.get("role") in {"system", "developer"})
+    return tuple(placed.words[at] for at in islice(first, 1))
 
 
 def _answers_only(call: ModelCall) -> bool:
     """A history that begins with the result of a tool: what came before stayed with the provider."""
     return bool(call.messages) and call.messages[0].get("role") in {"tool", "function"}
-
-
-def _with_history(call: ModelCall, thread: Thread | None) -> ModelCall:
-    if thread is None:
-        return call
-    last = thread.calls[-1]
-    messages = [*last.call.messages, last.response, *call.messages]
-    return ModelCall(messages, call.response, call.tools, call.model, call.finish, is_copied=call.is_copied)
 
 
 def _is_inside_call(tree: SpanTree, span: Span) -> bool:

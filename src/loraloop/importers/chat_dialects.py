@@ -49,6 +49,7 @@ _LANGCHAIN_TYPES = ("human", "ai", "system", "tool", "function", "AIMessageChunk
 _TEXT = ("text", "input_text", "output_text")
 _THOUGHT = ("thinking", "reasoning", "redacted_thinking", "summary_text", "reasoning_text")
 _CALL = ("tool_call", "tool_use", "function_call", "functionCall", "toolUse")
+_MEDIA = ("image", "image_url", "input_image", "audio", "input_audio", "video", "document", "file", "blob", "uri")
 _RESULT = ("tool_call_response", "tool_result", "function_response", "functionResponse", "toolResult")
 
 
@@ -151,7 +152,7 @@ def _to_messages(raw: object, place: str) -> list[RawMessage]:
     if kind == "message":
         told[_ITEM] = True
     if role in {"tool", "function"} and not turn.results:
-        told["content"] = as_text(content) if content is not None else None
+        told["content"] = _of_tool(content) if content is not None else None
         told["tool_call_id"] = message.get("tool_call_id", message.get("call_id", message.get("id")))
         return [told]
     is_empty = turn.results and not turn.texts and not turn.others and not named
@@ -223,9 +224,15 @@ def _read_part(part: object, turn: _Turn) -> None:
 
 def _to_result(part: dict[str, object]) -> RawMessage:
     said = next((part[key] for key in ("response", "result", "content", "output") if part.get(key) is not None), "")
-    message: RawMessage = {"role": "tool", "content": as_text(said)}
+    message: RawMessage = {"role": "tool", "content": _of_tool(said)}
     found = next((part[key] for key in ("tool_use_id", "toolUseId", "call_id", "tool_call_id", "id") if part.get(key)), None)
     return {**message, "tool_call_id": found}
+
+
+def _of_tool(said: object) -> object:
+    """What a tool said as text; as it came when there is a picture or the like in it, so that it is refused by name."""
+    parts = said if isinstance(said, list) else []
+    return said if any(isinstance(part, dict) and part.get("type") in _MEDIA for part in parts) else as_text(said)
 
 
 def _calls_of(message: dict[str, object]) -> list[object]:

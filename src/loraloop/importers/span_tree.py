@@ -14,6 +14,9 @@ from typing import Literal
 from loraloop.importers.entry import EntryRefused, show
 from loraloop.importers.model_io import ModelCall
 
+MAX_SPAN_DEPTH = 500
+"""How deep spans may nest; real traces stay below 50."""
+
 SpanKind = Literal["model", "agent", "tool", "other"]
 
 
@@ -102,15 +105,19 @@ class SpanTree:
         return next((above for above in self.line_up(span) if above.kind in {"agent", "tool"}), None)
 
     def _require_acyclic(self) -> None:
-        done: set[str] = set()
+        depths: dict[str, int] = {}
         for span in self._spans.values():
             path: dict[str, None] = {}
             at: Span | None = span
-            while at is not None and at.id not in done:
+            while at is not None and at.id not in depths:
                 if at.id in path:
                     circle = [*path][[*path].index(at.id) :]
                     found = f"spans that are one another's parents: {show(circle)}"
                     raise EntryRefused("cyclic_spans", found, "a tree of spans", "export the trace again, or leave it out")
                 path[at.id] = None
                 at = self._spans.get(at.parent) if at.parent is not None else None
-            done.update(path)
+            above = depths[at.id] if at is not None else 0
+            depths.update({span_id: above + n for n, span_id in enumerate(reversed(path), 1)})
+            if depths[span.id] > MAX_SPAN_DEPTH:
+                found = f"spans nested deeper than {MAX_SPAN_DEPTH}"
+                raise EntryRefused("bad_shape", found, "less", "leave it out: something called itself without end")

@@ -65,6 +65,15 @@ class _Builder:
         self.threads = threads
         self.format_name = format_name
         self.task_id = trace.task_id or _prompt_task(self.main)
+        self.tops: dict[int, Span] = {}
+        """The span that stands for each thread; no span stands for two."""
+        self.top_ids: set[str] = set()
+        for thread in threads:
+            self.tops[id(thread)] = self._find_top(thread)
+            self.top_ids.add(self.tops[id(thread)].id)
+        untold = [span for span in tree if span.kind == "model" and not is_told(span.call)]
+        self.n_failed = sum(span.error is not None for span in untold)
+        self.n_silent = len(untold) - self.n_failed
 
     def build(self, thread: Thread) -> Episode:
         told, thoughts = pop_reasoning(_without_notes(thread.telling()))
@@ -79,7 +88,7 @@ class _Builder:
         starts, ends = _times([call.span for call in thread.calls] + ([thread.owner] if thread.owner else []))
         return Episode(
             task_id=self.task_id,
-            group_id=self.task_id if is_main else f"{self.task_id}/{agent or 'side'}",
+            group_id=self.task_id if is_main else f"{self.task_id}/{agent or _prompt_task(thread)}",
             messages=tuple(taken.messages),
             tools=_tools(_offered(thread)),
             records=records,
@@ -95,64 +104,65 @@ class _Builder:
     def _tags(self, thread: Thread, taken: Taken) -> dict[str, object]:
         longest = thread.longest
         is_main = thread is self.main
-        is_failed = is_main and self._top(thread).error
+        top = self.tops[id(thread)]
+        errors = [span.error for span in (top, *self.tree.line_up(top)) if span.error is not None]
         n_context = sum(message.role == "assistant" and message.weight == 0 for message in taken.messages)
-        n_silent = sum(span.kind == "model" and not is_told(span.call) and span.error is None for span in self.tree)
-        n_failed = sum(span.kind == "model" and not is_told(span.call) and span.error is not None for span in self.tree)
-        others = [self._top(other).id for other in self.threads if other is not thread]
+        others = [self.tops[id(other)].id for other in self.threads[1:]] if is_main else []
         own: dict[str, object] = {
             "agent": thread.calls[0].agent,
-            "calls_without_content": n_silent or None if is_main else None,
+            "calls_without_content": self.n_silent or None if is_main else None,
             "context_turns": n_context or None,
             "decoded_arguments": taken.decoded_arguments,
-            "failed_calls": n_failed or None if is_main else None,
+            "failed_calls": self.n_failed or None if is_main else None,
             "finish_reason": longest.call.finish,
             "history": "rewritten" if thread.is_rewritten else None,
-            "linked_spans": others if is_main and others else None,
+            "linked_spans": others or None,
             "missing_parents": self.tree.n_missing or None,
             "model": longest.call.model,
             "parent_span_id": None if is_main else self._parent(thread),
-            "run_error": is_failed or None,
-            "span_id": self._top(thread).id,
+            "run_error": errors[0] if errors and is_main else None,
+            "span_id": top.id,
             "text": "rebuilt" if any(message.get(REBUILT) for message in longest.call.messages) else None,
             "tools_vary": True if len({content_hash([*call.call.tools]) for call in thread.calls}) > 1 else None,
             "trace_id": self.trace.id,
         }
         return {**self.trace.tags, **own}
 
-    def _top(self, thread: Thread) -> Span:
-        """The span that stands for a thread: its agent's; without one, of the main thread the topmost, of others the first call."""
+    def _find_top(self, thread: Thread) -> Span:
+        """Its agent's span, unless that stands for a thread already; without one, of the main thread the topmost, of others the call's."""
         first = thread.calls[0].span
-        if thread.owner is not None:
+        if thread.owner is not None and thread.owner.id not in self.top_ids:
             return thread.owner
         return [first, *self.tree.line_up(first)][-1] if thread is self.main else first
 
     def _parent(self, thread: Thread) -> str:
         """The span of the thread within which `thread` ran; the main one's when none encloses it."""
-        known = {self._top(other).id for other in self.threads if other is not thread}
-        return next((above.id for above in self.tree.line_up(self._top(thread)) if above.id in known), self._top(self.main).id)
+        top = self.tops[id(thread)]
+        around = (above.id for above in self.tree.line_up(top) if above.id in self.top_ids and above.id != top.id)
+        return next(around, self.tops[id(self.main)].id)
 
     def _scores(self, thread: Thread) -> list[Score]:
         """What was said of the thread: of its last answer, of its agent's run, and of a main thread also of all that encloses it."""
-        last = thread.calls[-1].span
+        last, top = thread.calls[-1].span, self.tops[id(thread)]
         spans = [last]
-        for above in self.tree.line_up(last):
-            if thread is not self.main and (thread.owner is None or spans[-1] is thread.owner):
-                break
-            spans.append(above)
+        if thread is self.main or top is thread.owner:
+            for above in self.tree.line_up(last):
+                spans.append(above)
+                if above is top and thread is not self.main:
+                    break
         said = [score for span in spans for score in span.scores]
         return said + self.trace.scores if thread is self.main else said
 
 
 def _main_first(tree: SpanTree, threads: list[Thread]) -> list[Thread]:
-    """The topmost agent's thread first, of several the one with the most calls; the others as they began."""
+    """The topmost agent's thread first, of several one with tools, of those the one with most calls; the others as they began."""
 
     def depth(thread: Thread) -> int:
         return sum(above.kind in {"agent", "tool"} for above in tree.line_up(thread.calls[0].span))
 
     if not threads:
         return []
-    main = min(threads, key=lambda thread: (depth(thread), -len(thread.calls)))
+    main = min(threads, key=lambda thread: (depth(thread), not _offered(thread), -len(thread.calls)))
     return [main, *(thread for thread in threads if thread is not main)]
 
 
