@@ -41,6 +41,7 @@ def test_a_trace_is_one_episode_with_its_task_and_outcome(fixtures):
     tags = episode.metadata.tags
     assert (tags["agent"], tags["model"], tags["session"], tags["score.toxicity"]) == ("a1", "m-1", "s1", "0")
     assert [tool["function"]["name"] for tool in episode.tools] == ["find"], "the tools of the first call, as none stand with the second"
+    assert "score.output" not in tags
     assert "GROUND TRUTH" not in episode.model_dump_json(), "a correction is what somebody else would have said"
 
 

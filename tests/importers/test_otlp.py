@@ -125,6 +125,8 @@ def test_of_a_call_that_was_tried_again_the_last_answer_counts(episodes):
     )
     assert trained(episode) == ["find", "On the shelf."]
     assert (episode.records, episode.metadata.tags["failed_calls"]) == ((), "1")
+    (episode,) = episodes(span(1, chat([USER], text("assistant", "hm"))), span(2, chat([USER], ANSWER)))
+    assert trained(episode) == ["On the shelf."]
 
 
 def test_where_history_was_rewritten_each_call_is_learned_by_itself(episodes):
@@ -325,7 +327,12 @@ def test_openllmetry_is_read(episodes):
 
 @pytest.mark.parametrize(
     "hidden",
-    [{}, {"input.value": "__REDACTED__", "output.value": "__REDACTED__"}, openinference({0: ("user", "__REDACTED__")}, "__REDACTED__")],
+    [
+        {},
+        {"input.value": "__REDACTED__", "output.value": "__REDACTED__"},
+        openinference({0: ("user", "__REDACTED__")}, "__REDACTED__"),
+        chat([{"role": "user", "parts": [{"type": "text"}]}], ANSWER),
+    ],
 )
 def test_a_trace_without_content_is_refused_plainly(episodes, hidden):
     (refusal,) = episodes(span(1, {"openinference.span.kind": "LLM", **hidden}), span(2, agent("cook")))
@@ -355,16 +362,19 @@ def test_an_evaluation_decides_where_its_name_means_success(episodes, said, outc
 
 
 def test_what_is_said_of_a_sub_agent_is_its_own_and_not_the_traces(episodes):
-    good = {"annotations.0.annotation.name": "correct", "annotations.0.annotation.label": "correct"}
-    bad = {"trace.annotations.0.annotation.name": "correct", "trace.annotations.0.annotation.score": 0.0}
-    main, sub = episodes(
-        span(1, agent("cook")),
+    def said(name, score):
+        return {f"{name}.0.annotation.name": "correct", f"{name}.0.annotation.score": score}
+
+    spans = [
         span(2, chat([USER], ASKED), 1),
         span(3, tool("find"), 1),
-        span(4, agent("finder", **good, **bad), 3),
+        span(4, agent("finder", **said("annotations", 1.0)), 3),
         span(5, chat([USER], ANSWER), 4),
-    )
-    assert (main.outcome, sub.outcome) == (Failure("correct 0"), Success(1.0))
+    ]
+    main, sub = episodes(span(1, agent("cook", **said("annotations", 0.5))), *spans)
+    assert (main.outcome, sub.outcome) == (Failure("correct 0.5"), Success(1.0))
+    main, sub = episodes(span(1, agent("cook", **said("trace.annotations", 0.25))), *spans)
+    assert (main.outcome, sub.outcome) == (Failure("correct 0.25"), Success(1.0))
 
 
 def test_a_run_that_ended_in_an_error_says_so_and_is_not_a_failure(episodes):
@@ -405,6 +415,11 @@ def test_ids_may_be_base64_and_names_snake_case(write, episodes):
 def test_a_parent_that_is_not_there_is_counted(episodes):
     (episode,) = episodes(span(2, chat([USER], ANSWER), 1))
     assert episode.metadata.tags["missing_parents"] == "1"
+
+
+def test_one_id_for_two_spans_is_refused(episodes):
+    (refusal,) = episodes(span(1, agent("cook")), span(1, chat([USER], ANSWER)))
+    assert refusal.reason == "duplicate_spans"
 
 
 def test_a_bad_trace_spoils_itself_only(episodes):
@@ -478,7 +493,7 @@ def test_real_traces_say_what_their_atif_says(shared_data):
 
 
 @settings(max_examples=50, deadline=None)
-@given(seed=st.integers(0, 2**32), name=st.sampled_from(["traces", "refused"]))
+@given(seed=st.integers(0, 2**32), name=st.sampled_from(["agents", "traces", "refused"]))
 def test_broken_traces_are_refused_and_never_crash(tmp_path_factory, seed, name):
     source = Path(__file__).parents[1] / "fixtures" / "otlp" / f"{name}.jsonl"
     path = tmp_path_factory.mktemp("fuzz") / "x.jsonl"
