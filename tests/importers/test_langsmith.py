@@ -151,7 +151,7 @@ def test_requests_and_responses_of_all_providers_are_read(episodes, given, said,
 def test_what_a_model_thought_is_apart(episodes):
     said = {"role": "assistant", "content": [{"type": "thinking", "thinking": "Hm."}, {"type": "text", "text": "Yes."}]}
     (episode,) = episodes(run("a", outputs=said))
-    assert (turns(episode)[-1][1], json.loads(episode.metadata.tags["reasoning"])) == ("Yes.", {"2": "Hm."})
+    assert (turns(episode)[-1][1], episode.messages[1].reasoning) == ("Yes.", "Hm.")
 
 
 def test_tools_of_all_providers_become_openai_s(episodes):

@@ -184,7 +184,7 @@ def test_what_the_model_thought_is_apart(episodes):
     said = {"role": "assistant", "parts": [{"type": "reasoning", "content": "I look."}, {"type": "text", "content": "Here."}]}
     (episode,) = episodes(span(1, chat([USER], said)))
     assert episode.messages[1].content == "Here."
-    assert json.loads(episode.metadata.tags["reasoning"]) == {"2": "I look."}
+    assert [message.reasoning for message in episode.messages] == [None, "I look."]
 
 
 def test_tools_are_kept_in_the_shape_of_openai(episodes):

@@ -9,7 +9,6 @@ no function call (an image, a search that the provider ran) stays as it came, so
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from loraloop.files import json_line
@@ -17,7 +16,7 @@ from loraloop.importers.entry import EntryRefused, show
 
 RawMessage = dict[str, object]
 """A message in the OpenAI shape that is not checked yet."""
-REASONING = "reasoning"
+REASONING = "reasoning_content"
 """The key of what the model thought before it spoke; a Message has no place for it."""
 SILENT = "silent"
 """The key of a message whose words were left out, as tracing tools do that are told to record no content."""
@@ -110,18 +109,6 @@ def as_text(value: object) -> str:
     if isinstance(value, list) and value and all(_is_text_part(part) for part in value):
         return "".join(part if isinstance(part, str) else str(part.get("text", part.get("content"))) for part in value)
     return _line(value)
-
-
-def pop_reasoning(messages: Iterable[RawMessage]) -> tuple[list[RawMessage], dict[int, str]]:
-    """The messages without what the model thought, and that, under the number of its message, from 1."""
-    bare: list[RawMessage] = []
-    thoughts: dict[int, str] = {}
-    for number, message in enumerate(messages, 1):
-        bare.append({key: part for key, part in message.items() if key != REASONING})
-        thought = message.get(REASONING)
-        if isinstance(thought, str) and thought:
-            thoughts[number] = thought
-    return bare, thoughts
 
 
 def _to_messages(raw: object, place: str) -> list[RawMessage]:

@@ -16,7 +16,7 @@ from pydantic import JsonValue
 from loraloop.episode import Episode, EpisodeMetadata, LlmCallRecord, Message
 from loraloop.files import content_hash
 from loraloop.importers.call_threads import GAP, Thread, ThreadCall, is_told, make_threads, wording
-from loraloop.importers.chat_dialects import NOTES, REBUILT, RawMessage, pop_reasoning
+from loraloop.importers.chat_dialects import NOTES, REBUILT, RawMessage
 from loraloop.importers.entry import Entry, EntryRefused, convert_entries, require_clean, show, to_tags
 from loraloop.importers.openai_messages import Taken, take_messages, take_tools
 from loraloop.importers.span_tree import Score, Span, SpanTree, Trace
@@ -76,14 +76,14 @@ class _Builder:
         self.n_silent = len(untold) - self.n_failed
 
     def build(self, thread: Thread) -> Episode:
-        told, thoughts = pop_reasoning(_without_notes(thread.telling()))
+        told = _without_notes(thread.telling())
         require_clean([told, [call.call.tools for call in thread.calls]])
         taken = take_messages(_require_no_gap(told), "messages")
         records = _to_records(thread, self.task_id) if thread.is_rewritten else ()
         outcome, decided_by, score_tags = outcome_of(self._scores(thread))
         is_main = thread is self.main
         agent = thread.calls[0].agent
-        tags = self._tags(thread, taken) | {"reasoning": {str(number): text for number, text in thoughts.items()} or None}
+        tags = self._tags(thread, taken)
         require_clean([tags, list(score_tags.items())])
         starts, ends = _times([call.span for call in thread.calls] + ([thread.owner] if thread.owner else []))
         return Episode(
@@ -195,7 +195,7 @@ def _to_records(thread: Thread, task_id: str) -> tuple[LlmCallRecord, ...]:
 
 
 def _to_record(call: ThreadCall, task_id: str) -> LlmCallRecord:
-    told, _ = pop_reasoning(_without_notes([*call.call.messages, call.response]))
+    told = _without_notes([*call.call.messages, call.response])
     require_clean(told)
     messages: list[Message] = take_messages(_require_no_gap(told), "messages").messages
     start, end = call.span.start_ms, call.span.end_ms
