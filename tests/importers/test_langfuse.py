@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mutations import mutate
 
 from loraloop.episode import Episode, Failure, Success, Unknown
 from loraloop.errors import ImportFailed
 from loraloop.importers.ingest import ingest_file, iter_files
 from loraloop.importers.langfuse import LangfuseImporter
+from loraloop.testing.mutations import mutate
 from loraloop.training_data import Refusal
 
 

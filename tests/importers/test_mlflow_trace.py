@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mutations import mutate
 
 from loraloop.episode import Episode, Failure, Success, Unknown
 from loraloop.errors import ImportFailed
 from loraloop.importers.mlflow_trace import MlflowImporter
+from loraloop.testing.mutations import mutate
 from loraloop.training_data import Refusal
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mutations import mutate
 from otel_spans import TRACE, agent, any_value, calls, chat, lines, request, result, span, text, tool
 
 from loraloop.episode import Episode, Failure, Success, Unknown
@@ -18,6 +17,7 @@ from loraloop.errors import ImportFailed
 from loraloop.importers.ingest import ingest_file
 from loraloop.importers.otlp import OtlpImporter
 from loraloop.learn.conversation import ConversationLearn
+from loraloop.testing.mutations import mutate
 from loraloop.training_data import Refusal
 
 SYSTEM, USER = text("system", "Cook."), text("user", "Where is the egg?")

@@ -1,12 +1,14 @@
-"""Files that are nearly right: what a broken writer, a wrong tool or a full disk leaves behind."""
+"""Files that are nearly right: what a broken writer, a wrong tool or a full disk leaves behind. For testing importers."""
 
 from __future__ import annotations
 
 import copy
 import json
 import random
+from collections.abc import Iterator
+from typing import Any
 
-_ODD = [
+_ODD: list[Any] = [
     None,
     True,
     0,
@@ -90,8 +92,11 @@ def _change(document: object, chance: random.Random) -> None:
         owner[key] = copy.deepcopy(chance.choice(_ODD))
 
 
-def _places(value: object):
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, inner in list(items):
+def _places(value: object) -> Iterator[tuple[Any, Any]]:
+    """Every list and object inside with each of its keys."""
+    items: list[tuple[Any, Any]] = []
+    if isinstance(value, dict | list):
+        items = list(value.items() if isinstance(value, dict) else enumerate(value))
+    for key, inner in items:
         yield value, key
         yield from _places(inner)
