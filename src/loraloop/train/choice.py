@@ -28,7 +28,7 @@ from loraloop.train.engine import Plan, TreeEngine
 from loraloop.train.memory import Load, check_plan, free_bytes, make_plan
 from loraloop.train.objectives import Desirability, Engine, Likelihood, Objective, Preference, put_elsewhere
 from loraloop.train.parent import adapter_hash
-from loraloop.train.reference import Origin, open_reference
+from loraloop.train.reference import open_reference
 from loraloop.train.tree import Floats
 from loraloop.training_record import TrainingEvent
 
@@ -111,8 +111,8 @@ def open_objectives(engine: Engine, data: Data, arguments: TrainArguments, base_
     parent = adapter_hash(arguments.adapter)
     origin = f"{base_sha256} {parent or ''} {_describe_numbers(engine)}"
     cache = cache_directory() / "reference"
-    whose = Origin(origin, has_adapter=parent is not None)
-    reference = open_reference(engine, rows, cache, whose, emit, chunk_tokens=data.load(window).largest)
+    largest = data.load(window).largest
+    reference = open_reference(engine, rows, cache, origin, emit, chunk_tokens=largest, adapter=parent is not None)
     if arguments.method == "dpo":
         preference = Preference(reference, arguments.beta, arguments.loss)
         return preference, preference

@@ -10,7 +10,6 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -34,16 +33,6 @@ class Measures(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Origin:
-    """What the numbers of a reference follow from besides the rows."""
-
-    name: str
-    """Of the weights and the arithmetic, unambiguous."""
-    has_adapter: bool = False
-    """The model is measured with its adapter, which is one that is trained on, not without."""
-
-
 class Reference:
     """The summed w * nll of rows by the base model."""
 
@@ -55,21 +44,24 @@ class Reference:
         return np.array([self._losses[_key(row)] for row in rows])
 
 
-def open_reference(engine: Measures, rows: Sequence[Row], cache: Path, origin: Origin, emit: Emit, *, chunk_tokens: int) -> Reference:
+def open_reference(
+    engine: Measures, rows: Sequence[Row], cache: Path, origin: str, emit: Emit, *, chunk_tokens: int, adapter: bool = False
+) -> Reference:
     """The reference for `rows`: from the `cache` where it is there, else computed, and kept there.
 
-    Rows are computed in the order of their tokens, so that those
+    `origin` names all that the numbers follow from besides the rows; with `adapter` the model's is on, which is one that is trained on. Rows
+    are computed in the order of their tokens, so that those
     that begin alike stand together, about `chunk_tokens` of them at a time.
     """
     by_key = {_key(row): row for row in rows}
     ordered = sorted(by_key, key=lambda key: by_key[key].ids)
-    name = hashlib.blake2b(b"".join([origin.name.encode(), b"\0", *ordered]), digest_size=16).hexdigest()
+    name = hashlib.blake2b(b"".join([origin.encode(), b"\0", *ordered]), digest_size=16).hexdigest()
     path = cache / f"{name}.json"
     kept = _load(path, len(ordered))
     if kept is not None:
         emit(TrainingEvent(event="note", message=f"the base model's log-probabilities of {len(kept)} rows are known from an earlier run"))
         return Reference(dict(zip(ordered, kept, strict=True)))
-    losses = _compute(engine, [by_key[key] for key in ordered], emit, chunk_tokens, adapter=origin.has_adapter)
+    losses = _compute(engine, [by_key[key] for key in ordered], emit, chunk_tokens, adapter=adapter)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, json.dumps(losses))
