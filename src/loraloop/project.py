@@ -1,11 +1,12 @@
 """A project: one directory that holds everything, and one method per verb.
 
-`episodes.db` is the episode store, `datasets/<id>/` are frozen datasets, `runs/<id>/` training files and logs, `models/<id>/`
-adapters and their records.
+`episodes.db` is the episode store unless a URL names another, `datasets/<id>/` are frozen datasets, `runs/<id>/` training files and
+logs, `models/<id>/` adapters and their records.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -29,15 +30,25 @@ from loraloop.store.sql import SqlEpisodeStore
 from loraloop.training_data import Method
 
 
-class Project:
-    """An open project directory; a context manager. Made when it is not there, unless `create` is False: then StoreError."""
+STORE_URL = "LORALOOP_STORE_URL"
+"""The environment variable that names a store elsewhere."""
 
-    def __init__(self, directory: str | Path, *, create: bool = True) -> None:
+
+class Project:
+    """An open project directory; a context manager. Made when it is not there, unless `create` is False: then StoreError.
+
+    Its episodes are in `episodes.db`, or at `store_url`, such as `postgresql+psycopg://USER@HOST/DATABASE`; without one at what the
+    environment's `LORALOOP_STORE_URL` says.
+    """
+
+    def __init__(self, directory: str | Path, *, create: bool = True, store_url: str | None = None) -> None:
         self.directory = Path(directory)
         database = self.directory / "episodes.db"
-        if not create and not database.exists():
-            raise StoreError(f"no project in {self.directory} (it has no {database.name}); begin one with `loraloop ingest PATH`")
-        self.store = SqlEpisodeStore(database)
+        url = store_url or os.environ.get(STORE_URL)
+        if not create and not (self.directory if url else database).exists():
+            lacks = "" if url else f" (it has no {database.name})"
+            raise StoreError(f"no project in {self.directory}{lacks}; begin one with `loraloop ingest PATH`")
+        self.store = SqlEpisodeStore(url or database)
         self.registry = LoraModelRegistry(self.directory / "models")
         self.runs = RunStore(self.directory / "runs")
         self.registry.sweep()
