@@ -29,7 +29,6 @@ from loraloop.plugins import LearnModel, find
 from loraloop.store.sql import SqlEpisodeStore
 from loraloop.training_data import Method
 
-
 STORE_URL = "LORALOOP_STORE_URL"
 """The environment variable that names a store elsewhere."""
 

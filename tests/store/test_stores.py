@@ -78,7 +78,14 @@ def iterate_over_the_living_list(self, episode_filter=None):
     yield from living if episode_filter is None else self._select(episode_filter)
 
 
+def forget_quietly(self, ids):
+    n_forgotten = forget(self, ids)
+    self._forgotten.clear()
+    return n_forgotten
+
+
 append_many, _select = InMemoryEpisodeStore.append_many, InMemoryEpisodeStore._select
+get_labels, add_labels, forget = (getattr(InMemoryEpisodeStore, name) for name in ("get_labels", "add_labels", "forget"))
 BROKEN = {
     "no order": {"_select": lambda self, wanted: sorted(_select(self, wanted), key=lambda episode: episode.id)},
     "until inclusive": filters_changed(until=lambda until: until and until + 1),
@@ -94,6 +101,12 @@ BROKEN = {
     "shares what it keeps": {"find": lambda self, episode_id: self._episodes.get(episode_id)},
     "counts a page": {"count": lambda self, episode_filter=None: len(self.query(episode_filter))},
     "lacks a method": {"list_meta": None},
+    "knows the last label only": {"get_labels": lambda self, episode_id: get_labels(self, episode_id)[-1:]},
+    "takes labels from the end": {"add_labels": lambda self, all_: add_labels(self, all_[::-1])},
+    "labels one after another": {"add_labels": lambda self, all_: [add_labels(self, [label]) for label in all_]},
+    "takes a forgotten id again": {"forget": lambda self, ids, by_content=True: forget_quietly(self, ids)},
+    "takes forgotten content again": {"forget": lambda self, ids, by_content=True: forget(self, ids, by_content=False)},
+    "forgets nothing": {"forget": lambda self, ids, by_content=True: len(set(ids) & self._episodes.keys())},
 }
 
 

@@ -167,7 +167,8 @@ class Writer:
         """Remove those blobs that no episode has."""
         if not candidates:
             return
-        for rows in connection.execution_options(yield_per=1000).scalars(select(episodes.c.blob_keys)).partitions():
+        all_keys = select(episodes.c.blob_keys).execution_options(yield_per=1000)
+        for rows in connection.scalars(all_keys).partitions():
             candidates.difference_update(key for joined in rows for key in split_keys(joined))
         for keys in chunks(candidates):
             connection.execute(delete(blobs).where(blobs.c.key.in_(keys)))
