@@ -22,6 +22,7 @@ REFERENCE = Path(__file__).parent / "reference"
 COMMANDS = [
     [],
     ["ingest"],
+    ["label"],
     ["build"],
     ["train"],
     *([noun, verb] for noun in ("episodes", "datasets", "models") for verb in ("list", "show")),

@@ -16,9 +16,10 @@ from loraloop import pipeline
 from loraloop.chat.rows import ACCEPTED
 from loraloop.data_report.findings import Findings, ReportOptions
 from loraloop.dataset import Dataset, DatasetSettings, list_datasets, list_folders, open_dataset
-from loraloop.episode import CONVERSATION, EpisodeFilter
+from loraloop.episode import CONVERSATION, EpisodeFilter, Label
 from loraloop.errors import DatasetError, StoreError
 from loraloop.importers.ingest import IngestReport
+from loraloop.label import LabelReport, label_from
 from loraloop.lora.config import LoraTrainerConfig, TrainOptions
 from loraloop.lora.model import LoraModelId, TrainedModel
 from loraloop.lora.registry import LoraModelRegistry
@@ -68,6 +69,14 @@ class Project:
     ) -> Iterator[IngestReport]:
         """Read files into the store, one report each."""
         return pipeline.ingest(self.store, paths, format_name, on_progress, license_name=license_name)
+
+    def label(self, labels: Sequence[Label]) -> None:
+        """Say how episodes ended; the newest label of each counts. Raises StoreError when one is not there: then none is added."""
+        self.store.add_labels(labels)
+
+    def label_from(self, path: Path, key: str | None = None) -> LabelReport:
+        """Join outcomes that were recorded elsewhere, and say what became of each."""
+        return label_from(self.store, path, key)
 
     def build(
         self,

@@ -13,7 +13,7 @@ LAYERS = [
     {"errors", "ids", "files", "lease", "episode", "training_data", "training_record"},
     {"settings", "plugins", "chat", "base_model"},
     {"store"},
-    {"importers", "learn", "dataset", "data_report", "lora", "train", "evaluate"},
+    {"importers", "label", "learn", "dataset", "data_report", "lora", "train", "evaluate"},
     {"pipeline"},
     {"project"},
     {"cli"},
