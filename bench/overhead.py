@@ -1,6 +1,6 @@
 """What events and checkpoints cost a training: the same steps with both as they are by default, and without, in turns.
 
-`python -m bench.overhead [--steps 30] [--rounds 2] [--json FILE]` trains SmolLM2-135M on tau-bench episodes (generated ones where the
+`python -m bench.overhead [--steps 20] [--rounds 2] [--json FILE]` trains SmolLM2-135M on tau-bench episodes (generated ones where the
 recordings are not there), each time in a fresh process. Two figures come of it: the difference of the median step times, which the
 machine's own unrest goes into, and the share of the time that was spent in writing events and keeping checkpoints, by the clock.
 """
@@ -25,13 +25,13 @@ from bench.recordings import DEFAULT_DATA, read_samples, write_generated
 from bench.train import find_smollm2
 from loraloop.files import json_line, write_json
 
-BATCH = ("--batch-size=2", "--grad-accum=2", "--max-seq-length=2048", "--epochs=1000")
+BATCH = ("--batch-size=2", "--grad-accum=2", "--max-seq-length=512", "--epochs=1000")
 
 
 def main() -> int:
     """Measure and print one line a round, then the medians."""
     parser = argparse.ArgumentParser(prog="python -m bench.overhead", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--json", type=Path, help="write the figures there")
     parser.add_argument("--worker", choices=("on", "off"), help=argparse.SUPPRESS)

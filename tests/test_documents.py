@@ -72,6 +72,14 @@ def test_every_format_tag_and_refusal_code_of_ingest_is_documented() -> None:
         "score_scale",
         "ignored_keys",
         "outcome_from",
+        "copied_context",
+        "custom_calls",
+        "skipped_lines",
+        "parent_session",
+        "elided_history",
+        "simulated_user_calls",
+        "system_prompt",
+        "parent_trajectory",
     }
     assert len(codes) >= 15
     assert {name for name in codes | tags | set(list_names("importers")) if f"`{name}`" not in text} == set()
@@ -82,7 +90,29 @@ def test_every_plugin_that_is_listed_loads() -> None:
 
     names = ["conversation", "dependency_graph", "kto", "preference", "weighted", "worker_decision", "worker_task"]
     assert list_names("learn_models") == names
-    assert list_names("importers") == ["alpaca", "intercode", "openai", "sharegpt", "swe-agent", "tau-bench", "verifiers", "who-and-when"]
+    assert list_names("importers") == [
+        "alpaca",
+        "anthropic",
+        "atif",
+        "claude-code",
+        "codex",
+        "inspect",
+        "intercode",
+        "langfuse",
+        "langsmith",
+        "mini-swe-agent",
+        "mlflow",
+        "openai",
+        "openai-calls",
+        "openhands",
+        "otlp",
+        "sharegpt",
+        "swe-agent",
+        "tau-bench",
+        "tau2",
+        "verifiers",
+        "who-and-when",
+    ]
     for kind in ("importers", "learn_models"):
         for name in list_names(kind):
             assert find(kind, name)() is not None

@@ -106,24 +106,16 @@ def test_a_file_that_is_no_episodes_and_is_the_only_one_is_an_error(project: Pro
 # --- models -----------------------------------------------------------------------------------------------------------------
 
 
+def plan_of(run_id: LoraModelId, parent: LoraModelId | None = None) -> RunPlan:
+    told = {"learn_model": "conversation", "method": "sft", "dataset": None, "config": {}, "options": {}}
+    made_from = {"data_sha256": "", "held_out_sha256": None, "sample_count": 1, "episode_ids": ()}
+    return RunPlan.model_validate({"id": run_id, "created_at": 1, "parent": parent, **told, **made_from})
+
+
 @pytest.mark.parametrize("state", ["running", "stopped", "interrupted"])
 def test_a_model_that_an_unfinished_run_continues_from_is_not_deleted(project: Project, state: str) -> None:
     model, other = save_model(project.directory / "models"), save_model(project.directory / "models")
-    plan = RunPlan(
-        id=LoraModelId.new(),
-        created_at=1,
-        learn_model="conversation",
-        method="sft",
-        dataset=None,
-        config={},
-        options={},
-        data_sha256="",
-        held_out_sha256=None,
-        sample_count=1,
-        episode_ids=(),
-        parent=model.id,
-    )
-    run = project.runs.begin(plan)
+    run = project.runs.begin(plan_of(LoraModelId.new(), parent=model.id))
     run.lease.acquire("this test")
     run.move("running")
     if state == "stopped":
@@ -134,6 +126,17 @@ def test_a_model_that_an_unfinished_run_continues_from_is_not_deleted(project: P
         project.delete_model(model.id)
     assert project.delete_model(other.id) == other.id
     assert project.list_models() == [model]
+
+
+def test_a_run_with_a_damaged_file_hides_no_other(project: Project) -> None:
+    for number, name in enumerate(("run.json", "state.json", "lease.json")):
+        run = project.runs.begin(plan_of(model_id := LoraModelId.new()))
+        run.move("running")
+        (run.path / name).write_text("{")
+        assert [one.id for one in project.runs.list_runs()][-1:] == ([] if number == 0 else [model_id])
+    assert [one.status.state for one in project.runs.list_runs()] == ["interrupted", "interrupted"]
+    (trouble,) = project.runs.list_damaged()
+    assert "run.json cannot be read" in trouble
 
 
 def test_a_model_that_a_finished_run_continued_from_is_kept_by_its_child_alone(project: Project) -> None:

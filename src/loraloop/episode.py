@@ -156,6 +156,8 @@ class Message(Frozen):
     """Who produced it when the role does not say, such as `simulated_user`; only the agent's own turns are trained on."""
     weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
     """Loss weight of this turn; 0 keeps it as context."""
+    reasoning: str | None = None
+    """What the agent thought before this turn, where that was recorded apart from its words; kept, shown to no model."""
 
     @property
     def is_agent(self) -> bool:

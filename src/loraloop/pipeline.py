@@ -27,8 +27,9 @@ from loraloop.files import write_atomic
 from loraloop.importers.ingest import IngestReport, ingest_file, iter_files, refuse_file
 from loraloop.lora.config import LoraTrainerConfig, TrainOptions
 from loraloop.lora.model import TrainedModel
+from loraloop.lora.plain_thread import run_in_plain_thread
 from loraloop.lora.runs import Run
-from loraloop.lora.trainer import LoraTrainer, OnEvent, Samples, run_in_plain_thread
+from loraloop.lora.trainer import LoraTrainer, OnEvent, Samples
 from loraloop.plugins import EpisodeStore, LearnModel
 from loraloop.training_data import Method
 

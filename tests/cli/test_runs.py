@@ -138,11 +138,17 @@ def test_a_run_is_stopped_from_another_terminal_and_gone_on_with(place: Path, be
     assert runs(place)[-1]["state"] == "stopped"
 
 
+SHORT = (*TRAIN, "--epochs", "25", "--checkpoint-every", "1", "--seed", "3")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(place: Path) -> str:
+    return sha256(place, json.loads(run(*SHORT, "--json", cwd=place).stdout.splitlines()[-1])["id"])
+
+
 @pytest.mark.parametrize("whom", ["the training", "its parent", "both at once"])
-def test_kill_9_leaves_no_orphan_and_the_run_ends_in_the_same_adapter(place: Path, begun: Any, whom: str) -> None:
-    short = (*TRAIN, "--epochs", "40", "--checkpoint-every", "1", "--seed", "3")
-    expected = sha256(place, json.loads(run(*short, "--json", cwd=place).stdout.splitlines()[-1])["id"])
-    parent = begun(*short, "--json")
+def test_kill_9_leaves_no_orphan_and_the_run_ends_in_the_same_adapter(place: Path, begun: Any, uninterrupted: str, whom: str) -> None:
+    parent = begun(*SHORT, "--json")
     running = newest(place, steps=3)
     if whom != "its parent":
         os.kill(running["pid"], signal.SIGKILL)
@@ -156,7 +162,7 @@ def test_kill_9_leaves_no_orphan_and_the_run_ends_in_the_same_adapter(place: Pat
     assert runs(place)[-1]["state"] == "interrupted"
     done = json.loads(run("train", "--resume", running["id"], "--json", cwd=place).stdout.splitlines()[-1])
     assert done["id"] == running["id"]
-    assert sha256(place, done["id"]) == expected
+    assert sha256(place, done["id"]) == uninterrupted
     assert runs(place)[-1]["state"] == "finished"
     assert f"run {done['id']} is finished" in run("train", "--resume", done["id"], cwd=place, code=1).stderr
 
@@ -192,3 +198,12 @@ def test_all_that_stands_in_the_way_is_told_at_once(place: Path) -> None:
     assert "this training can start" in fine
     assert "blocks of" in fine
     assert len(runs(place)) == before
+
+
+def test_figures_also_go_where_they_are_asked_to_go(place: Path) -> None:
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed; `make test` installs it")
+    model = json.loads(run(*TRAIN, "--max-steps", "3", "--report-to", "tensorboard", "--json", cwd=place).stdout.splitlines()[-1])
+    written = list((place / "loraloop-project" / "reports" / "tensorboard" / model["id"]).glob("**/events.out.tfevents.*"))
+    assert written
+    assert sum(file.stat().st_size for file in written) > 500
+    assert "no-such-service" in run(*TRAIN, "--report-to", "no-such-service", cwd=place, code=1).stderr

@@ -83,7 +83,7 @@ def test_unknown_keys_become_tags_or_are_named(fixtures):
     assert tags["source"] == '{"a":"ü","b":[1]}'
     assert tags["id"] == '"row-1"'
     assert tags["format"] == "openai"
-    assert json.loads(tags["ignored_keys"]) == ["format", "messages.reasoning_content", "messages.turn_idx"]
+    assert json.loads(tags["ignored_keys"]) == ["format", "messages.turn_idx"]
 
 
 def test_a_long_unknown_value_is_named_not_kept(write):

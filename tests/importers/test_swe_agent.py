@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from loraloop.episode import Failure, Success, Unknown
+from loraloop.episode import Failure, Success, Timeout, Unknown
 from loraloop.importers.ingest import ingest_file, iter_files
 from loraloop.importers.swe_agent import SweAgentImporter
 from loraloop.learn.conversation import ConversationLearn
@@ -91,6 +91,65 @@ def test_the_evaluation_beside_a_run_says_how_it_ended(fixtures, tmp_path, resul
 def test_the_instance_is_the_end_of_the_name(fixtures, tmp_path, stem, task_id):
     path = shutil.copy(fixtures / "swe_agent" / "kitchen__egg-12.traj", tmp_path / f"{stem}.traj")
     assert read(path).task_id == task_id
+
+
+def change(path, to, **changes):
+    run = json.loads(path.read_text())
+    to.write_text(json.dumps({**run, **changes}))
+    return to
+
+
+@pytest.mark.parametrize(
+    ("status", "resolved", "outcome"),
+    [
+        ("exit_cost", [], Timeout()),
+        ("exit_cost", ["kitchen__egg-12"], Success(1.0)),
+        ("submitted (exit_cost)", [], Failure("no_generation")),
+        (None, [], Failure("no_generation")),
+    ],
+)
+def test_a_run_whose_budget_ended_first_is_a_timeout(fixtures, tmp_path, status, resolved, outcome):
+    path = fixtures / "swe_agent" / "kitchen__egg-12.traj"
+    copy = change(path, tmp_path / path.name, info={"exit_status": status})
+    (tmp_path / "results.json").write_text(json.dumps({"resolved": resolved, "no_generation": ["kitchen__egg-12"]}))
+    assert read(copy).outcome == outcome
+
+
+@pytest.mark.parametrize("chosen", [0, None])
+def test_attempts_that_were_not_chosen_are_episodes_of_unknown_outcome(fixtures, tmp_path, chosen):
+    path = fixtures / "swe_agent" / "run-1.traj"
+    run = json.loads(path.read_text())
+    other = {
+        "history": [*run["history"][:2], {"role": "assistant", "content": "No.", "agent": "main"}],
+        "info": {"exit_status": "exit_cost"},
+    }
+    attempts = [{key: run[key] for key in ("history", "trajectory", "info")}, other]
+    info = {"exit_status": "submitted", "best_attempt_idx": chosen}
+    copy = change(path, tmp_path / "kitchen__egg-13.traj", attempts=attempts, info=info)
+    (tmp_path / "results.json").write_text('{"resolved_ids": ["kitchen__egg-13"]}')
+    first, second = SweAgentImporter().read(copy)
+    assert (first.outcome, second.outcome) == (Success(1.0), Timeout())
+    assert first.group_id == second.group_id == "kitchen__egg-13"
+    assert second.messages[-1].content == "No."
+    assert second.metadata.tags["attempt"] == "not chosen"
+
+
+def test_thoughts_in_blocks_are_kept_apart_and_parts_of_text_put_together(fixtures, tmp_path):
+    path = fixtures / "swe_agent" / "run-1.traj"
+    history = json.loads(path.read_text())["history"]
+    history[2]["thinking_blocks"] = [{"type": "thinking", "thinking": "Hm.", "signature": "x"}, {"type": "redacted_thinking", "data": "x"}]
+    history[3]["content"] = [{"type": "text", "text": "egg.py", "cache_control": {"type": "ephemeral"}}]
+    settings = json.dumps({"problem_statement": {"id": "x"}, "agent": {"model": {"name": "m-1"}}})
+    episode = read(change(path, tmp_path / path.name, history=history, replay_config=settings))
+    assert (episode.messages[2].reasoning, episode.messages[3].content) == ("Hm.", "egg.py")
+    assert (episode.metadata.tags["model"], episode.task_id) == ("m-1", "x")
+
+
+def test_a_history_that_was_shown_shortened_is_told(fixtures, tmp_path):
+    path = fixtures / "swe_agent" / "run-1.traj"
+    step = {"query": [{"role": "user", "content": "Old environment output: (12 lines omitted)"}]}
+    assert read(change(path, tmp_path / path.name, trajectory=[step])).metadata.tags["elided_history"] == "true"
+    assert "elided_history" not in read(path).metadata.tags
 
 
 def test_real_trajectories_are_taken_over_whole(shared_data, store):

@@ -7,7 +7,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from loraloop.cli.screen import DEFAULT_PROJECT, JsonOption, ProjectOption, TrainingScreen, show_next, show_table, write_line, write_text
+from loraloop.cli.screen import (
+    DEFAULT_PROJECT,
+    JsonOption,
+    ProjectOption,
+    TrainingScreen,
+    err,
+    show_next,
+    show_table,
+    write_line,
+    write_text,
+)
 from loraloop.files import json_line
 
 if TYPE_CHECKING:
@@ -30,6 +40,8 @@ def list_runs(project: ProjectOption = DEFAULT_PROJECT, as_json: JsonOption = Fa
 
     with Project(project, create=False) as opened:
         found = [run.summary() for run in opened.runs.list_runs()]
+        for damaged in opened.runs.list_damaged():
+            err().print(f"warning: {damaged}", markup=False)
     if as_json:
         for summary in found:
             write_line(json_line(summary))

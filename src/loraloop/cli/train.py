@@ -79,6 +79,7 @@ def train(
     resume: Annotated[str | None, typer.Option(metavar="RUN", help="Go on with a run that ended early, or the latest.")] = None,
     force: Annotated[bool, typer.Option("--force", help="With --resume: although something has changed.")] = False,
     wait: Annotated[bool, typer.Option("--wait", help="Wait while another training uses the device.")] = False,
+    report_to: Annotated[list[str] | None, typer.Option(help="Also to trackio, mlflow or tensorboard; may be repeated.")] = None,
     check: Annotated[bool, typer.Option("--check", help="Only look whether it can start, and what it takes.")] = False,
     train_script: Annotated[Path | None, typer.Option(help="A training script of your own that keeps the contract.")] = None,
     as_json: JsonOption = False,
@@ -124,6 +125,7 @@ def train(
         early_stop=early_stop,
         checkpoint_every=checkpoint_every,
         wait=wait,
+        report_to=tuple(report_to or ()),
     )
     with _training(project, as_json=as_json) as (opened, hear):
         if check:

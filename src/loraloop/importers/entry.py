@@ -54,7 +54,9 @@ def convert_entries(path: Path, entries: Iterable[Entry], convert: Callable[[obj
         try:
             if entry.problem is not None:
                 raise entry.problem
-            result: Episode | Refusal = with_content_id(convert(entry.value))
+            episode = convert(entry.value)
+            require_clean([episode.task_id, episode.group_id, episode.metadata.tags])
+            result: Episode | Refusal = with_content_id(episode)
         except EntryRefused as error:
             result = Refusal(reason=error.reason, detail=f"{path}, {entry.place}: {error}")
         yield result
@@ -132,7 +134,11 @@ def require_text(row: dict[str, object], key: str) -> str:
 
 
 def to_tags(format_name: str, ignored: Iterable[str] = (), **said: object) -> dict[str, str]:
-    """The tags of an imported episode, sorted: its format, what was `said` besides the messages (None is not), what was ignored."""
+    """The tags of an imported episode, sorted: its format, what was `said` besides the messages (None is not), what was ignored.
+
+    Refused as `require_clean` refuses what was said.
+    """
+    require_clean(said)
     tags = {key: value if isinstance(value, str) else canonical_json(value) for key, value in said.items() if value is not None}
     return dict(sorted({**tags, "format": format_name, **ignored_tag(ignored)}.items()))
 

@@ -26,7 +26,7 @@ BATCH_ENTRIES = 200
 """How many entries are read before their episodes are stored together."""
 MAX_REFUSALS = 20
 """How many refusals a report keeps in full; all are counted."""
-SUFFIXES = (".json", ".jsonl", ".traj")
+SUFFIXES = (".json", ".jsonl", ".traj", ".eval")
 """The files that a directory is searched for."""
 
 

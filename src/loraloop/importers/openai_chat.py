@@ -15,9 +15,11 @@ from pydantic import JsonValue
 
 from loraloop.episode import Episode, EpisodeMetadata, Failure, Message, Success
 from loraloop.files import canonical_json
+from loraloop.importers.anthropic import is_anthropic
 from loraloop.importers.entry import EntryRefused, convert_entries, find_finite, ignored_tag, require_clean, show
 from loraloop.importers.json_input import count_entries, iter_entries, opening_keys
 from loraloop.importers.null_padding import without_padded_arguments, without_padding
+from loraloop.importers.openai_calls import is_call_log
 from loraloop.importers.openai_messages import take_messages, take_tools
 from loraloop.importers.react import find_verdict, has_observation
 from loraloop.training_data import Refusal
@@ -30,7 +32,8 @@ _OWN_TAGS = {"format", "outcome_from", "ignored_keys", "decoded_arguments", "pad
 _VERDICTS = {"reward", "reward_info", "outcome", "success", "kto_tag", "is_correct"}
 _PREFERENCES = {"rejected_message", "rejected", "chosen", "preferred_output", "non_preferred_output"}
 _MEDIA = {"images", "videos", "audios"}
-_OTHER_FORMATS = {"trajectory_format"}
+_OTHER_FORMATS = {"trajectory_format", "termination_reason"}
+_OTHER_MARKS = ('"mini_version"', '"model_stats"')
 
 
 class OpenAIChatImporter:
@@ -43,7 +46,14 @@ class OpenAIChatImporter:
         """True for objects with `messages` on their first level, and for an empty `.jsonl`, which is data with no lines."""
         if not head.strip("\ufeff \t\r\n"):
             return path.suffix.lower() == ".jsonl"
-        return any("messages" in keys and not keys & _OTHER_FORMATS for keys in opening_keys(head))
+        openings = opening_keys(head)
+        if (
+            is_anthropic(head)
+            or is_call_log(head)
+            or (any("info" in keys for keys in openings) and any(mark in head for mark in _OTHER_MARKS))
+        ):
+            return False
+        return any("messages" in keys and not keys & _OTHER_FORMATS for keys in openings)
 
     def count(self, path: Path) -> int | None:
         """The number of lines that are not blank; None for a JSON list."""

@@ -3,8 +3,8 @@
 Taken over means verbatim: content null or "" (absent is null), repeated and missing tool-call ids, arguments as the JSON text
 that the agent wrote. Only other spellings of the same thing change: role `developer` is `system`, role `function` is `tool`,
 the old `function_call` is a tool call without an id, a list of text parts is their text, arguments given as an object are the
-JSON text of it, and arguments that were encoded twice are decoded once and counted. What a Message has no place for is refused
-when the agent saw or said it (images, audio, refusals), and named in the tags otherwise.
+JSON text of it, and arguments that were encoded twice are decoded once and counted. `reasoning_content` is kept apart from the content.
+What a Message has no place for is refused when the agent saw or said it (images, audio, refusals), and named in the tags otherwise.
 """
 
 from __future__ import annotations
@@ -28,13 +28,16 @@ _ROLES: dict[object, Role] = {
     "function": "tool",
 }
 _SAID_ELSEWHERE = ("refusal", "audio")
-_MESSAGE_KEYS = {"role", "content", "name", "tool_calls", "tool_call_id", "function_call", "weight", "is_demo", "author", *_SAID_ELSEWHERE}
+_MESSAGE_KEYS = {
+    *("role", "content", "name", "tool_calls", "tool_call_id", "function_call", "weight", "is_demo", "author", "reasoning_content"),
+    *_SAID_ELSEWHERE,
+}
 _CALL_KEYS = {"id", "type", "function"}
 
 
 @dataclass
 class Taken:
-    """The messages of one entry, the keys in them whose values were left behind, such as `messages.reasoning_content`, and how many
+    """The messages of one entry, the keys in them whose values were left behind, such as `messages.turn_idx`, and how many
     calls had their arguments encoded twice.
     """
 
@@ -136,6 +139,7 @@ def _to_message(raw: object, place: str) -> Message:
         is_demo=_to_flag(raw, "is_demo", place),
         author=_text_or_none(raw, "author", place) or None,
         weight=_to_weight(raw.get("weight"), place),
+        reasoning=_text_or_none(raw, "reasoning_content", place) or None,
     )
 
 

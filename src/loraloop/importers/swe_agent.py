@@ -1,8 +1,13 @@
 """SWE-agent trajectories: one `.traj` file a run, JSON {environment, trajectory, history, info}; versions 0.x and 1.x.
 
-`history` is the dialogue: text actions in 0.x, tool calls and `tool_call_ids` in 1.x. Messages with `is_demo` are shown examples and
-stay so. Thought and action stand in the content already and are not taken twice. `exit_status` never says whether the issue was
-resolved, so the outcome is Unknown unless a `results.json` beside the run, or one folder above, says it of this instance.
+`history` is the dialogue: text actions in 0.x, tool calls, `tool_call_ids` and `thinking_blocks` in 1.x. Messages with `is_demo` are
+shown examples and stay so. Thought and action stand in the content already and are not taken twice. `exit_status` never says whether
+the issue was resolved, so the outcome is Unknown unless a `results.json` beside the run, or one folder above, says it of this instance;
+a run whose budget ended before it submitted anything is a Timeout.
+
+A retrying agent of 1.x keeps all its `attempts` beside the chosen one. Each is an episode; the evaluation saw the chosen one only.
+Where a history processor shortened observations, the queries of the `trajectory` tell; the episode has them whole, tagged
+`elided_history`.
 
 SWE-agent keeps the examples it shows to models under `trajectories/demonstrations`. Nothing inside such a file tells it from a run of
 an agent, so the path does: its turns are all marked `is_demo`, and whatever label it gets later it is never trained on.
@@ -11,28 +16,25 @@ an agent, so the path does: its turns are all marked `is_demo`, and whatever lab
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from loraloop.episode import AnyOutcome, Episode, EpisodeMetadata, Failure, Success, Unknown
-from loraloop.errors import ImportFailed
+from loraloop.episode import AnyOutcome, Episode, EpisodeMetadata, Success, Timeout, Unknown
+from loraloop.importers.agent_turns import as_list, as_object
 from loraloop.importers.entry import Entry, EntryRefused, convert_entries, require_clean, require_object, show, to_tags
 from loraloop.importers.json_input import first_object_keys, load_document
 from loraloop.importers.openai_messages import take_messages
+from loraloop.importers.swe_bench import find_instance, find_verdict
 from loraloop.training_data import Refusal
 
 SUFFIX = ".traj"
-RESULTS_FILE = "results.json"
 
 _SAID_IN_CONTENT = {"thought", "action", "agent", "message_type", "tool_call_ids"}
-_KNOWN = {"environment", "trajectory", "history", "info", "replay_config"}
-_INSTANCE = re.compile(r"(?:^|__)((?:(?!__)[\w.-])+__(?:(?!__)[\w.-])+-\d+)$")
-"""`owner__repo-123`, the name of a SWE-bench instance, at the end of a file name that may say more before it."""
-_RESOLVED = ("resolved", "resolved_ids")
-_EMPTY = ("no_generation", "empty_patch_ids")
-_TRIED = ("with_logs", "applied", "no_apply", "unresolved_ids")
+_KNOWN = {"environment", "trajectory", "history", "info", "replay_config", "attempts"}
+_OUT_OF_BUDGET = {"exit_cost", "exit_total_execution_time"}
+_ELIDED = "Old environment output: ("
 
 
 class SweAgentImporter:
@@ -50,29 +52,50 @@ class SweAgentImporter:
         return bool(marks) if path.suffix.lower() == SUFFIX else "trajectory" in marks and len(marks) > 1
 
     def count(self, path: Path) -> int | None:  # noqa: ARG002 - the same answer for every file
-        """1: a file is a run."""
-        return 1
+        """None: a run may hold several attempts."""
+        return None
 
     def read(self, path: Path) -> Iterator[Episode | Refusal]:
-        """The run, or its Refusal. Raises ImportFailed for a file that is no JSON."""
-        entries = [Entry("entry 1", load_document(path))]
-        yield from convert_entries(path, entries, lambda value: _to_episode(value, path))
+        """The run, or its Refusal, and then the attempts that were not chosen. Raises ImportFailed for a file that is no JSON."""
+        yield from convert_entries(path, _iter_attempts(load_document(path)), lambda value: _to_episode(value, path))
+
+
+@dataclass(frozen=True)
+class _Attempt:
+    """An attempt of a retrying agent that it did not choose, and the settings that all attempts share."""
+
+    run: object
+    replay_config: object
+
+
+def _iter_attempts(document: object) -> Iterator[Entry]:
+    yield Entry("entry 1", document)
+    run = as_object(document)
+    chosen = as_object(run.get("info")).get("best_attempt_idx")
+    for number, attempt in enumerate(as_list(run.get("attempts"))):
+        if number != chosen and as_object(attempt).get("history") != run.get("history"):
+            yield Entry(f"entry 1, attempt {number + 1}", _Attempt(attempt, run.get("replay_config")))
 
 
 def _to_episode(value: object, path: Path) -> Episode:
-    run = require_object(value, ("history",), "{environment, trajectory, history, info}")
-    info = run.get("info")
-    info = info if isinstance(info, dict) else {}
-    require_clean([run["history"], info.get("exit_status")])
+    attempt = value if isinstance(value, _Attempt) else None
+    run = require_object(attempt.run if attempt else value, ("history",), "{environment, trajectory, history, info}")
+    info, replay_config = as_object(run.get("info")), run.get("replay_config") or (attempt.replay_config if attempt else None)
+    settings = _load_settings(replay_config)
+    problem, model = _find_name(settings, "problem_statement", "id"), _find_name(settings, "agent", "model", "name")
+    require_clean([run["history"], info.get("exit_status"), problem, model, list(run)])
     _require_one_agent(run["history"])
     taken = take_messages(_to_openai(run["history"]), "history")
-    task_id = _to_task_id(path, run.get("replay_config"))
+    task_id = find_instance(path.stem) or problem or path.stem
     is_demonstration = _is_demonstration(path)
     messages = [message.model_copy(update={"is_demo": True}) for message in taken.messages] if is_demonstration else taken.messages
     tags = to_tags(
         SweAgentImporter.name,
         taken.ignored | (run.keys() - _KNOWN),
         exit_status=info.get("exit_status"),
+        model=model,
+        attempt="not chosen" if attempt else None,
+        elided_history="true" if _is_elided(run.get("trajectory")) else None,
         decoded_arguments=taken.decoded_arguments,
         demonstration="path" if is_demonstration else None,
     )
@@ -80,7 +103,7 @@ def _to_episode(value: object, path: Path) -> Episode:
         task_id=task_id,
         group_id=task_id,
         messages=tuple(messages),
-        outcome=_find_outcome(path),
+        outcome=_find_outcome(info, Unknown() if attempt else find_verdict(path, {path.stem, task_id})),
         metadata=EpisodeMetadata(scenario=SweAgentImporter.name, tags=tags),
     )
 
@@ -94,6 +117,9 @@ def _to_openai(history: object) -> object:
 
 def _to_openai_message(raw: dict[str, object]) -> dict[str, object]:
     message = {key: value for key, value in raw.items() if key not in _SAID_IN_CONTENT}
+    thoughts = [as_object(block).get("thinking") for block in as_list(message.pop("thinking_blocks", None))]
+    if any(isinstance(thought, str) for thought in thoughts):
+        message["reasoning_content"] = "\n".join(thought for thought in thoughts if isinstance(thought, str))
     ids = raw.get("tool_call_ids")
     if not ids:
         return message
@@ -115,47 +141,29 @@ def _is_demonstration(path: Path) -> bool:
     return "demonstrations" in {part for name in path.parts for part in name.split("__")}
 
 
-def _instance(path: Path) -> str | None:
-    found = _INSTANCE.search(path.stem)
-    return found[1] if found else None
-
-
-def _to_task_id(path: Path, replay_config: object) -> str:
-    return _instance(path) or _find_named_problem(replay_config) or path.stem
-
-
-def _find_named_problem(replay_config: object) -> str | None:
+def _load_settings(replay_config: object) -> object:
+    """The settings of a run, which it keeps as JSON text; None where they cannot be read."""
     try:
-        settings = json.loads(replay_config) if isinstance(replay_config, str) else replay_config
+        return json.loads(replay_config) if isinstance(replay_config, str) else replay_config
     except (ValueError, RecursionError):
         return None
-    problem = settings.get("problem_statement") if isinstance(settings, dict) else None
-    name = problem.get("id") if isinstance(problem, dict) else None
-    return name if isinstance(name, str) and name else None
 
 
-def _find_outcome(path: Path) -> AnyOutcome:
-    """What the evaluation said of the instance. One that says nothing, or whose own machinery failed, leaves it Unknown."""
-    for folder in (path.parent, path.parent.parent):
-        if not (folder / RESULTS_FILE).is_file():
-            continue
-        try:
-            results = load_document(folder / RESULTS_FILE)
-        except ImportFailed:
-            continue
-        if isinstance(results, dict) and any(key in results for key in _RESOLVED):
-            return _outcome_in(results, {path.stem, _instance(path) or path.stem})
-    return Unknown()
+def _find_name(settings: object, *keys: str) -> str | None:
+    for key in keys:
+        settings = as_object(settings).get(key)
+    return settings if isinstance(settings, str) and settings else None
 
 
-def _outcome_in(results: dict[str, object], names: set[str]) -> AnyOutcome:
-    if _is_named(results, _RESOLVED, names):
-        return Success(1.0)
-    if _is_named(results, _EMPTY, names):
-        return Failure("no_generation")
-    return Failure("not resolved") if _is_named(results, _TRIED, names) else Unknown()
+def _is_elided(trajectory: object) -> bool:
+    """Whether a query of the last step, which repeats the history as it was shown, has an observation that was cut out."""
+    steps = as_list(trajectory)
+    last = as_object(steps[-1]) if steps else {}
+    shown = as_list(last.get("query") or last.get("messages"))
+    return any(_ELIDED in str(as_object(message).get("content")) for message in shown)
 
 
-def _is_named(results: dict[str, object], keys: tuple[str, ...], names: set[str]) -> bool:
-    lists = [results[key] for key in keys if isinstance(results.get(key), list)]
-    return any(name in names for listed in lists if isinstance(listed, list) for name in listed if isinstance(name, str))
+def _find_outcome(info: dict[str, object], verdict: AnyOutcome) -> AnyOutcome:
+    status = info.get("exit_status")
+    is_timeout = isinstance(status, str) and status in _OUT_OF_BUDGET and not isinstance(verdict, Success)
+    return Timeout() if is_timeout else verdict

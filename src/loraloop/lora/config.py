@@ -12,6 +12,7 @@ from typing import Any, Literal, Self
 
 from loraloop.chat.length import LONG_POLICIES, LongPolicy
 from loraloop.errors import SettingsError
+from loraloop.lora.report_to.reporter import check_service
 from loraloop.training_data import Method
 
 
@@ -119,6 +120,8 @@ class TrainOptions:
     """Steps between checkpoints, at least 1; None is as often as takes 1 % of the time."""
     wait: bool = False
     """Wait while another training uses the device, instead of an error."""
+    report_to: tuple[str, ...] = ()
+    """Services that the training's figures also go to: trackio, mlflow, tensorboard. Each is an extra of loraloop."""
 
     def __post_init__(self) -> None:
         _check_int("seed", self.seed, 0)
@@ -132,6 +135,9 @@ class TrainOptions:
                 _check_int(name, getattr(self, name), 1)
         for name in ("beta", "desirable_weight", "undesirable_weight"):
             _check_float(name, getattr(self, name), "> 0", lambda value: value > 0)
+        object.__setattr__(self, "report_to", tuple(self.report_to))  # JSON has lists
+        for name in self.report_to:
+            check_service(name)
         if self.time_limit is not None:
             _check_float("time_limit", self.time_limit, "> 0", lambda value: value > 0)
         if self.continue_from is not None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from loraloop.errors import EmptyData, LoraTrainerError, ProcessFailed, TrainingStopped
 from loraloop.lora.process import Log
+from loraloop.lora.report_to import Reporter
 from loraloop.lora.runs import EVENTS_FILE, Run, RunState
 from loraloop.training_record import TrainingEvent
 
@@ -21,13 +22,14 @@ SECONDS_BETWEEN_STATES = 1.0
 
 
 class Listener:
-    """Of one process; without a `run` it only passes on."""
+    """Of one process; without a `run` it only passes on, to `on_event` and the `reporters`."""
 
-    def __init__(self, run: Run | None, on_event: OnEvent | None) -> None:
+    def __init__(self, run: Run | None, on_event: OnEvent | None, reporters: Sequence[Reporter] = ()) -> None:
         self.stopped_at: int | None = None
         """The step that a checkpoint holds, when the process ended because it was told to."""
         self._run = run
         self._on_event = on_event or (lambda event: None)
+        self._reporters = reporters
         self._events = Log(run.path / EVENTS_FILE) if run is not None else None
         self._status = run.status if run is not None else None
         self._told_at = 0.0
@@ -55,6 +57,8 @@ class Listener:
             self._empty = event
             return
         self._note(event)
+        for reporter in self._reporters:
+            reporter.hear(event)
         self._on_event(event)
 
     def explain(self, error: ProcessFailed) -> LoraTrainerError:

@@ -105,8 +105,7 @@ class Run:
     @property
     def status(self) -> RunStatus:
         """How far it is; `interrupted` when it was running and its processes are gone."""
-        path = self.path / STATE_FILE
-        status = _read(path, RunStatus) if path.exists() else RunStatus(state="running")
+        status = self._recorded()
         if status.state != "running" or self.is_held:
             return status
         return status.model_copy(update={"state": "interrupted", "pid": None, "eta_s": None, "message": KILLED})
@@ -216,7 +215,7 @@ class Run:
     def sweep(self) -> None:
         """Mark it as interrupted when its processes were killed, and clean up what they left half written."""
         try:
-            recorded = _read(self.path / STATE_FILE, RunStatus) if (self.path / STATE_FILE).exists() else RunStatus(state="running")
+            recorded = self._recorded()
             if recorded.state != "running" or self.is_held:
                 return
             lease = self.lease
@@ -230,6 +229,13 @@ class Run:
             self._write(recorded.model_copy(update=gone), durable=True)
         finally:
             lease.release()
+
+    def _recorded(self) -> RunStatus:
+        """What its state file says; `running` when it has none yet, or one that cannot be read: who works on it tells then."""
+        try:
+            return _read(self.path / STATE_FILE, RunStatus)
+        except LoraTrainerError:
+            return RunStatus(state="running")
 
     def _write(self, status: RunStatus, *, durable: bool) -> None:
         write_atomic(self.path / STATE_FILE, status.model_dump_json(exclude_none=True) + "\n", durable=durable)
@@ -248,11 +254,25 @@ class RunStore:
         return run
 
     def list_runs(self) -> list[Run]:
-        """All runs, oldest first, after a sweep."""
-        runs = [Run(file.parent) for file in sorted(self.directory.glob(f"{LoraModelId.prefix}-*/{RUN_FILE}"))]
+        """All runs whose plan can be read, oldest first, after a sweep."""
+        runs = [run for run in self._all() if self._trouble(run) is None]
         for run in runs:
             run.sweep()
         return runs
+
+    def list_damaged(self) -> list[str]:
+        """What is wrong with the runs whose plan cannot be read, a sentence each."""
+        return [trouble for trouble in map(self._trouble, self._all()) if trouble is not None]
+
+    def _all(self) -> list[Run]:
+        return [Run(file.parent) for file in sorted(self.directory.glob(f"{LoraModelId.prefix}-*/{RUN_FILE}"))]
+
+    def _trouble(self, run: Run) -> str | None:
+        try:
+            _ = run.plan
+        except LoraTrainerError as error:
+            return str(error)
+        return None
 
     def get(self, run_id: str) -> Run:
         """The run whose id begins with `run_id`, or the `latest`. Raises LoraTrainerError naming those that there are."""

@@ -12,13 +12,12 @@ import asyncio
 import logging
 import shutil
 import tempfile
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 from loraloop.episode import Episode, EpisodeFilter, now_ms
 from loraloop.errors import EmptyData, LeaseHeld, LoraTrainerError, ProcessFailed, ScriptNotFound, SettingsError, TrainingStopped
@@ -28,8 +27,10 @@ from loraloop.lora.command import Paths, build_argv
 from loraloop.lora.config import LoraTrainerConfig, TrainOptions
 from loraloop.lora.listener import Listener
 from loraloop.lora.model import LoraModelId, TrainedModel
+from loraloop.lora.plain_thread import run_in_plain_thread
 from loraloop.lora.process import run_process
 from loraloop.lora.registry import LoraModelRegistry
+from loraloop.lora.report_to import Reporter, open_reporter
 from loraloop.lora.runs import LOG_FILE, Run, RunPlan, RunState, RunStore, remove_checkpoints
 from loraloop.plugins import EpisodeStore, LearnModel, convert_all
 from loraloop.training_data import Method, Refusal, TrainingData, split_by_task
@@ -38,7 +39,6 @@ from loraloop.training_record import TrainingEvent
 log = logging.getLogger("loraloop.lora")
 
 OnEvent = Callable[[TrainingEvent], None]
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -199,7 +199,8 @@ class LoraTrainer:
             raise LoraTrainerError(f"another process works on {error}; watch it by `loraloop runs watch {run.id}`") from error
         with lease.kept():
             run.move("running")
-            listener = Listener(run, on_event)
+            reporters = self._open_reporters(run.plan)
+            listener = Listener(run, on_event, reporters)
             started = time.monotonic()
             try:
                 model = self._find_saved(run) if resume else None
@@ -212,11 +213,23 @@ class LoraTrainer:
             except BaseException as error:
                 listener.close(_end_of(error, listener), error)
                 raise
-            listener.close("finished")
-            remove_checkpoints(run)
+            else:
+                listener.close("finished")
+                remove_checkpoints(run)
+            finally:
+                for reporter in reporters:
+                    await asyncio.to_thread(reporter.close, run.status.state)
         seconds, count = time.monotonic() - started, model.sample_count
         log.info("stage=done model=%s samples=%d seconds=%.1f adapter=%s", model.id, count, seconds, model.adapter_path)
         return model
+
+    def _open_reporters(self, plan: RunPlan) -> list[Reporter]:
+        """One a service, all runs of a data_dir in one folder beside it."""
+        made_of = plan.model_dump(mode="json", include={"learn_model", "method", "dataset", "parent", "sample_count", "data_sha256"})
+        settings = {**plan.config, **plan.options}
+        folder = Path(self._config.data_dir).absolute().parent / "reports"
+        names = self._options.report_to
+        return [open_reporter(name, run_id=plan.id, settings=settings, folder=folder, lineage=made_of) for name in names]
 
     def _find_saved(self, run: Run) -> TrainedModel | None:
         """The model of a run whose adapter is in place, but was not recorded: its trainer was killed in between."""
@@ -332,29 +345,6 @@ class LoraTrainer:
 def training_data_to_json(sample: TrainingData) -> str:
     """The line that a sample becomes in a training file, without the newline."""
     return json_line(sample.to_line())
-
-
-def run_in_plain_thread(work: Callable[[], Result]) -> Result:
-    """The result of `work`, which runs its own event loop: here, or in another thread when this one has a loop running."""
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return work()
-    result: list[Result] = []
-    failure: list[BaseException] = []
-
-    def target() -> None:
-        try:
-            result.append(work())
-        except BaseException as error:  # noqa: BLE001  handed to the caller below
-            failure.append(error)
-
-    thread = threading.Thread(target=target, name="loraloop-train")
-    thread.start()
-    thread.join()
-    if failure:
-        raise failure[0]
-    return result[0]
 
 
 def _check_name(name: str) -> None:

@@ -136,8 +136,10 @@ class Checkpoints:
             self._warn(f"the checkpoint of step {progress.step} could not be saved in {self.folder}: {why}; {kept}, the training goes on")
             return False
         self.last = progress.step
-        for old in self._list()[:-KEPT]:
-            shutil.rmtree(old, ignore_errors=True)
+        there = self._list()
+        upto = [old for old in there if old.name <= path.name]
+        for gone in (*upto[:-KEPT], *there[len(upto) :]):  # those of later steps were damaged, or this one would not be taken again
+            shutil.rmtree(gone, ignore_errors=True)
         self._saved_at = time.monotonic()
         self._cost = self._saved_at - started
         self._emit(TrainingEvent(event="checkpoint", step=progress.step, seconds=round(self._cost, 4)))
