@@ -23,6 +23,8 @@ COMMANDS = [
     [],
     ["ingest"],
     ["label"],
+    ["forget"],
+    ["prune"],
     ["build"],
     ["train"],
     *([noun, verb] for noun in ("episodes", "datasets", "models") for verb in ("list", "show")),

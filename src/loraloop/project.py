@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from loraloop import pipeline
+from loraloop import pipeline, retention
 from loraloop.chat.rows import ACCEPTED
 from loraloop.data_report.findings import Findings, ReportOptions
 from loraloop.dataset import Dataset, DatasetSettings, list_datasets, list_folders, open_dataset
@@ -27,6 +27,7 @@ from loraloop.lora.runs import RunStore
 from loraloop.lora.states import ModelState
 from loraloop.lora.trainer import LoraTrainer, OnEvent
 from loraloop.plugins import LearnModel, find
+from loraloop.retention import ForgetReport, PruneReport
 from loraloop.store.sql import SqlEpisodeStore
 from loraloop.training_data import Method
 
@@ -66,9 +67,10 @@ class Project:
         on_progress: Callable[[Path, int, int | None], None] = lambda path, done, total: None,
         *,
         license_name: str | None = None,
+        readmit: bool = False,
     ) -> Iterator[IngestReport]:
         """Read files into the store, one report each."""
-        return pipeline.ingest(self.store, paths, format_name, on_progress, license_name=license_name)
+        return pipeline.ingest(self.store, paths, format_name, on_progress, license_name=license_name, readmit=readmit)
 
     def label(self, labels: Sequence[Label]) -> None:
         """Say how episodes ended; the newest label of each counts. Raises StoreError when one is not there: then none is added."""
@@ -77,6 +79,14 @@ class Project:
     def label_from(self, path: Path, key: str | None = None) -> LabelReport:
         """Join outcomes that were recorded elsewhere, and say what became of each."""
         return label_from(self.store, path, key)
+
+    def forget(self, episode_ids: Sequence[str]) -> ForgetReport:
+        """Remove episodes for good, keep them out, and name what was made from them."""
+        return retention.forget(self.store, episode_ids, self._made())
+
+    def prune(self, before_ms: int, *, keep_used: bool = True, dry_run: bool = False) -> PruneReport:
+        """Remove the episodes that were stored before a time, with `keep_used` none that anything was made from."""
+        return retention.prune(self.store, before_ms, self._made() if keep_used else None, dry_run=dry_run)
 
     def build(
         self,
@@ -189,6 +199,9 @@ class Project:
     def delete_model(self, model_id: str) -> LoraModelId:
         """Remove a model and give its whole id. Raises LoraTrainerError while it is promoted, or something goes on from it."""
         return self.registry.delete(model_id, self._find_run_from)
+
+    def _made(self) -> retention.Made:
+        return self.list_datasets(), self.runs.list_runs(), self.registry.list_models()
 
     def _find_run_from(self, model_id: LoraModelId) -> str | None:
         """The run that continues from a model, and is not finished, in words."""
