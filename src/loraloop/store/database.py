@@ -55,6 +55,8 @@ class Database(ABC):
             if not isinstance(error, (SQLAlchemyError, *self.errors)):
                 raise
             cause = error.orig if isinstance(error, DBAPIError) and error.orig else error
+            if self.is_lost(cause):
+                self._closed = True
             raise StoreError(f"{self.where}: {self.advise(cause)} ({str(cause).strip()})") from error
 
     @contextmanager
@@ -118,6 +120,10 @@ class Database(ABC):
     @abstractmethod
     def record_version(self, connection: Connection, number: int) -> None:
         """Note it wherever it is looked for besides the table."""
+
+    def is_lost(self, error: BaseException) -> bool:  # noqa: ARG002  for those that have such errors
+        """Whether nothing that this process still does with the database can be trusted."""
+        return False
 
     @abstractmethod
     def advise(self, error: BaseException) -> str:

@@ -42,7 +42,7 @@ _ADVICE = {
     sqlite3.SQLITE_CANTOPEN: "it cannot be opened; check that it is a file in a directory that exists and can be written to",
     sqlite3.SQLITE_NOTADB: "it is not a SQLite database; choose another path, or move that file away to start an empty store",
     sqlite3.SQLITE_CORRUPT: "it is damaged; restore it from a backup, or save what can be read with `sqlite3 FILE .recover`",
-    sqlite3.SQLITE_IOERR: "the disk or file system reports an error; check its state, free space and quota, then repeat the call",
+    sqlite3.SQLITE_IOERR: "the disk or file system reports an error; check its state, free space and quota, then open the store again",
 }
 
 
@@ -112,6 +112,10 @@ class SqliteDatabase(Database):
         if read_version_table(connection) != number:
             raise StoreError(f"{self.path}: its tables were not brought to version {number}; restore it from a backup, and report this")
         connection.exec_driver_sql(f"PRAGMA user_version = {number}")
+
+    def is_lost(self, error: BaseException) -> bool:
+        """After an error of the disk: a sync that failed leaves pages marked as written, so the next one would succeed and say nothing."""
+        return _code(error) == sqlite3.SQLITE_IOERR
 
     def advise(self, error: BaseException) -> str:
         """By SQLite's result code."""
