@@ -70,15 +70,15 @@ def measure_store(directory: Path, url: str | None) -> dict[str, Any]:
     from loraloop.importers.openai_chat import OpenAIChatImporter
     from loraloop.store.sql import SqlEpisodeStore
 
-    path, stored, storing, early = directory / "episodes.jsonl", 0, 0.0, 0
+    path, stored, storing, storing_cpu, early = directory / "episodes.jsonl", 0, 0.0, 0.0, 0
     started, cpu = time.perf_counter(), time.process_time()
     with SqlEpisodeStore(url or directory / "episodes.db") as store:
         entries = OpenAIChatImporter().read(path)
         while batch := list(islice(entries, BATCH_ENTRIES)):
             episodes = [_judged(entry, number) for number, entry in enumerate(batch) if isinstance(entry, Episode)]
-            began = time.perf_counter()
+            began, cpu_began = time.perf_counter(), time.process_time()
             stored += sum(store.append_many(episodes))
-            storing += time.perf_counter() - began
+            storing, storing_cpu = storing + time.perf_counter() - began, storing_cpu + time.process_time() - cpu_began
             early = early or (_peak_bytes() if stored >= 1_000 else 0)
         began = time.perf_counter()
     storing += time.perf_counter() - began  # the log is written back when the store is closed
@@ -88,6 +88,7 @@ def measure_store(directory: Path, url: str | None) -> dict[str, Any]:
         "episodes_per_s": stored / seconds,
         "mb_per_s_read_and_stored": raw / seconds / 1e6,
         "mb_per_s_stored": raw / storing / 1e6,
+        "mb_per_cpu_second_stored": raw / storing_cpu / 1e6,
         "cpu_seconds": time.process_time() - cpu,
         "wall_seconds": seconds,
         "bytes_on_disk": None if url else (directory / "episodes.db").stat().st_size,
@@ -159,6 +160,7 @@ def to_table(results: dict[str, Any]) -> str:
         ("episodes/s", f"{store['episodes_per_s']:.0f}", f"{arrow.get('episodes_per_s', 0):.0f}"),
         ("MB/s of JSONL, read and stored", f"{store['mb_per_s_read_and_stored']:.1f}", f"{arrow.get('mb_per_s_read_and_stored', 0):.1f}"),
         ("MB/s of JSONL, storing alone", f"{store['mb_per_s_stored']:.1f}", ""),
+        ("the same for each second of the processor", f"{store['mb_per_cpu_second_stored']:.1f}", ""),
         ("bytes on disk, of raw", share(store["bytes_on_disk"]), share(arrow.get("bytes_on_disk"))),
         ("bytes of the file by zstd, of raw", share(results["zstd"]["bytes_on_disk"]), ""),
         ("memory, MB", f"{store['rss_bytes'] / 1e6:.0f}", f"{arrow.get('rss_bytes', 0) / 1e6:.0f}"),

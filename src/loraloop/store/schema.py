@@ -65,7 +65,8 @@ episodes = Table(
     Column("meta", LargeBinary, nullable=False),  # the EpisodeDto, packed
     Column("blob_keys", LargeBinary, nullable=False),  # of its blobs, one after another
     Index("episodes_by_position", "created_at", "id"),
-    *(Index(f"episodes_by_{name}", name, "created_at", "id") for name in FILTERED_COLUMNS),
+    # with the outcome, so that counting by one of them and how it ended reads no rows
+    *(Index(f"episodes_by_{name}", *dict.fromkeys((name, "created_at", "id", "outcome"))) for name in FILTERED_COLUMNS),
 )
 bodies = Table(
     "bodies",

@@ -79,9 +79,9 @@ class SqliteDatabase(Database):
         if self._closed or os.getpid() != self._pid:
             super().close()
             return
-        with suppress(OSError, StoreError), self._writer():
+        with suppress(StoreError), self._writer(max_seconds=0.0):
             super().close()
-        super().close()  # without the lock where it cannot be had: SQLite has its own
+        super().close()  # who holds the lock has the file open, so this is not the last one
 
     @contextmanager
     def alone(self, connection: Connection) -> Iterator[None]:
@@ -122,11 +122,15 @@ class SqliteDatabase(Database):
         return _ADVICE.get(_code(error), "close it everywhere and try again; if that changes nothing, report this")
 
     @contextmanager
-    def _writer(self) -> Iterator[None]:
+    def _writer(self, max_seconds: float | None = None) -> Iterator[None]:
         """Alone among the processes that write here; the lock is on the directory, as closing the file would free SQLite's own locks."""
-        handle = os.open(self.path.parent, os.O_RDONLY)
         try:
-            deadline, pause = time.monotonic() + database.BUSY_SECONDS, 0.0005
+            handle = os.open(self.path.parent, os.O_RDONLY)
+        except OSError as error:
+            raise StoreError(f"{self.path}: its directory cannot be opened: {error}; make it readable, or choose another path") from error
+        try:
+            deadline = time.monotonic() + (database.BUSY_SECONDS if max_seconds is None else max_seconds)
+            pause = 0.0005
             while True:
                 try:
                     fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
