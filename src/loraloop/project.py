@@ -50,6 +50,7 @@ class Project:
             lacks = "" if url else f" (it has no {database.name})"
             raise StoreError(f"no project in {self.directory}{lacks}; begin one with `loraloop ingest PATH`")
         self.store = SqlEpisodeStore(url or database)
+        self.directory.mkdir(parents=True, exist_ok=True)  # where the store is elsewhere, nothing has made it
         self.registry = LoraModelRegistry(self.directory / "models")
         self.runs = RunStore(self.directory / "runs")
         self.registry.sweep()

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-SERVER = os.environ.get("LORALOOP_TEST_POSTGRES", "postgresql://postgres@127.0.0.1:5432/test")
+SERVER = os.environ.get("LORALOOP_TEST_POSTGRES", "postgresql://postgres@127.0.0.1:5432/test").replace("postgresql+psycopg:", "postgresql:")
 
 
 @pytest.fixture(scope="session")
@@ -35,7 +35,7 @@ def make_url(server: str) -> Iterator[Callable[[], str]]:
         names.append(f"loraloop_test_{uuid.uuid4().hex[:12]}")
         with psycopg.connect(server, autocommit=True) as connection:
             connection.execute(f"CREATE SCHEMA {names[-1]}")
-        return f"{server}?options=-csearch_path%3D{names[-1]}"
+        return f"{server}{'&' if '?' in server else '?'}options=-csearch_path%3D{names[-1]}"
 
     yield make
     with psycopg.connect(server, autocommit=True) as connection:
