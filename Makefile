@@ -5,13 +5,14 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help demo test test-fast bench curves check format docs clean
+.PHONY: help demo test test-fast bench bench-ingest curves check format docs clean
 
 help:
 	@echo "make demo       watch an agent get better at a real task (two cores: 4 minutes with AMX, longer without)"
 	@echo "make test       every test"
 	@echo "make test-fast  the tests without real weights"
 	@echo "make bench      training side by side with TRL (25 minutes at most on two cores)"
+	@echo "make bench-ingest  the episode store side by side with datasets (3 minutes)"
 	@echo "make curves     cost of a step against sharing, tree size, samples and block size, drawn into docs/img (10 minutes)"
 	@echo "make check      ruff, mypy --strict, import directions"
 	@echo "make docs       regenerate docs/reference"
@@ -27,6 +28,9 @@ test-fast: $(VENV)/.ready
 
 bench: $(VENV)/.bench-ready
 	$(BIN)/python -m bench.train $(ARGS)
+
+bench-ingest: $(VENV)/.bench-ready
+	$(BIN)/python -m bench.ingest --episodes 20000 $(ARGS)
 
 curves: $(VENV)/.ready
 	$(BIN)/python -m bench.curves --img docs/img $(ARGS)

@@ -22,6 +22,9 @@ REFERENCE = Path(__file__).parent / "reference"
 COMMANDS = [
     [],
     ["ingest"],
+    ["label"],
+    ["forget"],
+    ["prune"],
     ["build"],
     ["train"],
     *([noun, verb] for noun in ("episodes", "datasets", "models") for verb in ("list", "show")),

@@ -11,7 +11,7 @@ from models_made import save_model
 
 from loraloop.dataset import MANIFEST_FILE, TRAIN_FILE, DatasetSettings
 from loraloop.episode import EpisodeMetadata
-from loraloop.errors import DatasetError, ImportFailed, LoraTrainerError
+from loraloop.errors import DatasetError, ImportFailed, LoraTrainerError, StoreError
 from loraloop.lora.model import LoraModelId
 from loraloop.lora.runs import Run, RunPlan
 from loraloop.project import Project
@@ -169,3 +169,16 @@ def test_a_model_is_moved_by_its_state_and_a_reason(project: Project) -> None:
     assert project.move_model("latest", "held", "few goals").state == project.get_model(model.id).state == "held"
     with pytest.raises(LoraTrainerError, match="is held and cannot become candidate"):
         project.move_model("latest", "candidate", "once more")
+
+
+def test_a_projects_episodes_may_be_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory, url = tmp_path / "project", f"sqlite:///{tmp_path / 'elsewhere.db'}"
+    episode = make_episode()
+    with pytest.raises(StoreError, match="no project in"):
+        Project(directory, store_url=url, create=False)
+    with Project(directory, store_url=url) as project:
+        project.store.append(episode)
+    monkeypatch.setenv("LORALOOP_STORE_URL", url)
+    with Project(directory, create=False) as project:
+        assert project.store.get(episode.id) == episode
+    assert not (directory / "episodes.db").exists()

@@ -301,6 +301,22 @@ class EpisodeDto(Frozen):
     n_records: int
 
 
+class Label(Frozen):
+    """How an episode ended, as somebody said at some time; the newest one counts, and those before it stay readable."""
+
+    episode_id: EpisodeId
+    outcome: AnyOutcome
+    at: int = Field(default_factory=now_ms)
+    """When it was said, in Unix milliseconds."""
+    source: str = ""
+    """Who said it: `recorded` for what the episode came with, a file, a person, a judge."""
+    comment: str = ""
+
+
+RECORDED = "recorded"
+"""The source of the outcome that an episode came with."""
+
+
 class EpisodeFilter(Frozen):
     """Which episodes; every field that is None lets all through. `since` and `until` are Unix ms, `until` exclusive."""
 

@@ -41,6 +41,7 @@ def ingest(
     on_progress: Callable[[Path, int, int | None], None] = lambda path, done, total: None,
     *,
     license_name: str | None = None,
+    readmit: bool = False,
 ) -> Iterator[IngestReport]:
     """Read every file under `paths` into `store`; gives one report a file. Episodes that say no terms get `license_name`.
 
@@ -51,7 +52,7 @@ def ingest(
     for path in files:
         try:
             told: Callable[[int, int | None], None] = lambda done, total, path=path: on_progress(path, done, total)  # type: ignore[misc]  # noqa: E731
-            report = ingest_file(store, path, format_name, told, license_name=license_name)
+            report = ingest_file(store, path, format_name, told, license_name=license_name, readmit=readmit)
         except ImportFailed as error:
             if len(files) == 1:
                 raise

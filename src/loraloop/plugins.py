@@ -13,7 +13,7 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
-from loraloop.episode import AnyRecord, Episode, EpisodeDto, EpisodeFilter, Outcome
+from loraloop.episode import AnyRecord, Episode, EpisodeDto, EpisodeFilter, Label, Outcome
 from loraloop.errors import SettingsError
 from loraloop.training_data import Method, Refusal, TrainingData
 
@@ -25,10 +25,10 @@ class EpisodeStore(Protocol):
     """Keeps episodes. Order is by time of creation (`metadata.created_at`), then id. Raises StoreError for trouble of its own."""
 
     def append(self, episode: Episode) -> bool:
-        """Keep `episode`; False when the very same is there already, or one that continues it.
+        """Keep `episode`; False when the very same is there already, or one that continues it, or when it was forgotten.
 
         One that continues an open episode takes its place, without a new one in the order. Raises StoreError when another one has
-        its id.
+        its id. What it is the same as is the episode as it was recorded, whatever labels it has got since.
         """
         ...
 
@@ -58,6 +58,33 @@ class EpisodeStore(Protocol):
 
     def count(self, episode_filter: EpisodeFilter | None = None) -> int:
         """How many match."""
+        ...
+
+    def add_labels(self, labels: Sequence[Label]) -> None:
+        """Say how episodes ended, in order, all or none: each is read, listed and filtered with its newest outcome from now on.
+
+        Raises StoreError when one of them is not there.
+        """
+        ...
+
+    def get_labels(self, episode_id: str) -> list[Label]:
+        """What was said of its outcome, oldest first; the first is what it was recorded with. Raises StoreError when it is not there."""
+        ...
+
+    def forget(self, episode_ids: Sequence[str], *, by_content: bool = True) -> int:
+        """Remove episodes and their labels for good and keep out what has their id; `by_content` what has their very messages, tools and
+        records, too.
+
+        How many were there, and are no more; ids that are not there are kept out as well.
+        """
+        ...
+
+    def find_forgotten(self, episodes: Sequence[Episode]) -> list[bool]:
+        """Of each whether it is kept out."""
+        ...
+
+    def readmit(self, episodes: Sequence[Episode]) -> None:
+        """Keep these out no longer."""
         ...
 
 

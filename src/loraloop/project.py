@@ -1,23 +1,25 @@
 """A project: one directory that holds everything, and one method per verb.
 
-`episodes.db` is the episode store, `datasets/<id>/` are frozen datasets, `runs/<id>/` training files and logs, `models/<id>/`
-adapters and their records.
+`episodes.db` is the episode store unless a URL names another, `datasets/<id>/` are frozen datasets, `runs/<id>/` training files and
+logs, `models/<id>/` adapters and their records.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from loraloop import pipeline
+from loraloop import pipeline, retention
 from loraloop.chat.rows import ACCEPTED
 from loraloop.data_report.findings import Findings, ReportOptions
 from loraloop.dataset import Dataset, DatasetSettings, list_datasets, list_folders, open_dataset
-from loraloop.episode import CONVERSATION, EpisodeFilter
+from loraloop.episode import CONVERSATION, EpisodeFilter, Label
 from loraloop.errors import DatasetError, StoreError
 from loraloop.importers.ingest import IngestReport
+from loraloop.label import LabelReport, label_from
 from loraloop.lora.config import LoraTrainerConfig, TrainOptions
 from loraloop.lora.model import LoraModelId, TrainedModel
 from loraloop.lora.registry import LoraModelRegistry
@@ -25,19 +27,30 @@ from loraloop.lora.runs import RunStore
 from loraloop.lora.states import ModelState
 from loraloop.lora.trainer import LoraTrainer, OnEvent
 from loraloop.plugins import LearnModel, find
+from loraloop.retention import ForgetReport, PruneReport
 from loraloop.store.sql import SqlEpisodeStore
 from loraloop.training_data import Method
 
+STORE_URL = "LORALOOP_STORE_URL"
+"""The environment variable that names a store elsewhere."""
+
 
 class Project:
-    """An open project directory; a context manager. Made when it is not there, unless `create` is False: then StoreError."""
+    """An open project directory; a context manager. Made when it is not there, unless `create` is False: then StoreError.
 
-    def __init__(self, directory: str | Path, *, create: bool = True) -> None:
+    Its episodes are in `episodes.db`, or at `store_url`, such as `postgresql+psycopg://USER@HOST/DATABASE`; without one at what the
+    environment's `LORALOOP_STORE_URL` says.
+    """
+
+    def __init__(self, directory: str | Path, *, create: bool = True, store_url: str | None = None) -> None:
         self.directory = Path(directory)
         database = self.directory / "episodes.db"
-        if not create and not database.exists():
-            raise StoreError(f"no project in {self.directory} (it has no {database.name}); begin one with `loraloop ingest PATH`")
-        self.store = SqlEpisodeStore(database)
+        url = store_url or os.environ.get(STORE_URL)
+        if not create and not (self.directory if url else database).exists():
+            lacks = "" if url else f" (it has no {database.name})"
+            raise StoreError(f"no project in {self.directory}{lacks}; begin one with `loraloop ingest PATH`")
+        self.store = SqlEpisodeStore(url or database)
+        self.directory.mkdir(parents=True, exist_ok=True)  # where the store is elsewhere, nothing has made it
         self.registry = LoraModelRegistry(self.directory / "models")
         self.runs = RunStore(self.directory / "runs")
         self.registry.sweep()
@@ -55,9 +68,26 @@ class Project:
         on_progress: Callable[[Path, int, int | None], None] = lambda path, done, total: None,
         *,
         license_name: str | None = None,
+        readmit: bool = False,
     ) -> Iterator[IngestReport]:
         """Read files into the store, one report each."""
-        return pipeline.ingest(self.store, paths, format_name, on_progress, license_name=license_name)
+        return pipeline.ingest(self.store, paths, format_name, on_progress, license_name=license_name, readmit=readmit)
+
+    def label(self, labels: Sequence[Label]) -> None:
+        """Say how episodes ended; the newest label of each counts. Raises StoreError when one is not there: then none is added."""
+        self.store.add_labels(labels)
+
+    def label_from(self, path: Path, key: str | None = None) -> LabelReport:
+        """Join outcomes that were recorded elsewhere, and say what became of each."""
+        return label_from(self.store, path, key)
+
+    def forget(self, episode_ids: Sequence[str]) -> ForgetReport:
+        """Remove episodes for good, keep them out, and name what was made from them."""
+        return retention.forget(self.store, episode_ids, self._made())
+
+    def prune(self, before_ms: int, *, keep_used: bool = True, dry_run: bool = False) -> PruneReport:
+        """Remove the episodes that were stored before a time, with `keep_used` none that anything was made from."""
+        return retention.prune(self.store, before_ms, self._made() if keep_used else None, dry_run=dry_run)
 
     def build(
         self,
@@ -170,6 +200,9 @@ class Project:
     def delete_model(self, model_id: str) -> LoraModelId:
         """Remove a model and give its whole id. Raises LoraTrainerError while it is promoted, or something goes on from it."""
         return self.registry.delete(model_id, self._find_run_from)
+
+    def _made(self) -> retention.Made:
+        return self.list_datasets(), self.runs.list_runs(), self.registry.list_models()
 
     def _find_run_from(self, model_id: LoraModelId) -> str | None:
         """The run that continues from a model, and is not finished, in words."""

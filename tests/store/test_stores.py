@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import pickle
+import random
 import sqlite3
 import subprocess
 import sys
@@ -18,9 +19,11 @@ from sqlalchemy import event
 
 from loraloop.episode import EpisodeFilter, EpisodeMetadata
 from loraloop.errors import SettingsError, StoreError
-from loraloop.store import sql
+from loraloop.store import database
 from loraloop.store.memory import InMemoryEpisodeStore
-from loraloop.store.sql import SCHEMA_VERSION, SqlEpisodeStore
+from loraloop.store.schema import SCHEMA_VERSION
+from loraloop.store.sql import SqlEpisodeStore
+from loraloop.store.sqlite import PAGE_BYTES
 from loraloop.testing import check_store, make_episode
 
 
@@ -31,8 +34,8 @@ def path(tmp_path: Path) -> Path:
 
 def set_pragma(store: SqlEpisodeStore, pragma: str) -> None:
     """Every connection of `store` from now on has it."""
-    event.listen(store._engine, "connect", lambda connection, _: connection.execute(f"PRAGMA {pragma}").fetchall())
-    store._engine.dispose()
+    event.listen(store._database.engine, "connect", lambda connection, _: connection.execute(f"PRAGMA {pragma}").fetchall())
+    store._database.engine.dispose()
 
 
 def execute(path: Path, statement: str) -> None:
@@ -75,7 +78,14 @@ def iterate_over_the_living_list(self, episode_filter=None):
     yield from living if episode_filter is None else self._select(episode_filter)
 
 
+def forget_quietly(self, ids):
+    n_forgotten = forget(self, ids)
+    self._forgotten.clear()
+    return n_forgotten
+
+
 append_many, _select = InMemoryEpisodeStore.append_many, InMemoryEpisodeStore._select
+get_labels, add_labels, forget = (getattr(InMemoryEpisodeStore, name) for name in ("get_labels", "add_labels", "forget"))
 BROKEN = {
     "no order": {"_select": lambda self, wanted: sorted(_select(self, wanted), key=lambda episode: episode.id)},
     "until inclusive": filters_changed(until=lambda until: until and until + 1),
@@ -91,6 +101,12 @@ BROKEN = {
     "shares what it keeps": {"find": lambda self, episode_id: self._episodes.get(episode_id)},
     "counts a page": {"count": lambda self, episode_filter=None: len(self.query(episode_filter))},
     "lacks a method": {"list_meta": None},
+    "knows the last label only": {"get_labels": lambda self, episode_id: get_labels(self, episode_id)[-1:]},
+    "takes labels from the end": {"add_labels": lambda self, all_: add_labels(self, all_[::-1])},
+    "labels one after another": {"add_labels": lambda self, all_: [add_labels(self, [label]) for label in all_]},
+    "takes a forgotten id again": {"forget": lambda self, ids, by_content=True: forget_quietly(self, ids)},
+    "takes forgotten content again": {"forget": lambda self, ids, by_content=True: forget(self, ids, by_content=False)},
+    "forgets nothing": {"forget": lambda self, ids, by_content=True: len(set(ids) & self._episodes.keys())},
 }
 
 
@@ -126,7 +142,7 @@ def test_relative_path_stays_where_it_was_when_the_directory_changes(tmp_path, m
 @pytest.mark.parametrize(
     ("url", "says"),
     [
-        ("postgresql://user:secret@host/db", "PostgreSQL is not supported yet"),
+        ("mysql://user:secret@host/db", "postgresql"),
         ("://", "sqlite:///PATH"),
         ("sqlite://", "names no file"),
         ("sqlite:///:memory:", "names no file"),
@@ -141,7 +157,7 @@ def test_other_urls_are_refused(url, says):
 
 
 def test_every_connection_syncs_its_commits_and_waits_for_its_turn(path):
-    with SqlEpisodeStore(path) as store, store._connection() as one, store._connection() as other:
+    with SqlEpisodeStore(path) as store, store._database.connecting() as one, store._database.connecting() as other:
         for name, value in {"journal_mode": "wal", "synchronous": 2, "busy_timeout": 30_000}.items():
             assert [connection.exec_driver_sql(f"PRAGMA {name}").scalar() for connection in (one, other)] == [value] * 2
 
@@ -154,12 +170,12 @@ def test_every_page_of_every_filter_comes_in_order_from_an_index(path, fields):
     with SqlEpisodeStore(path) as store:
         same = {"metadata": EpisodeMetadata(scenario="success"), **dict.fromkeys(("learn_model", "task_id", "group_id"), "success")}
         store.append_many([make_episode(**same) for _ in range(250)])
-        event.listen(store._engine, "before_cursor_execute", lambda *given: statements.append(given[2:4]))
+        event.listen(store._database.engine, "before_cursor_execute", lambda *given: statements.append(given[2:4]))
         assert len(store.list_meta(EpisodeFilter(**fields))) == 250
-        pages = statements[1:]
+        pages = [each for each in statements if "ORDER BY" in each[0]]
         assert len(pages) == 3
         for statement, values in pages:
-            with store._connection() as connection:
+            with store._database.connecting() as connection:
                 plan = str(connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {statement}", values).all())
             assert f"episodes_by_{next(iter(fields), 'position').replace('since', 'position')}" in plan
             assert "TEMP B-TREE" not in plan
@@ -267,7 +283,7 @@ def test_locked_file_can_be_read_and_the_writer_says_what_to_do(path):
 
 
 def test_file_locked_while_it_is_made(path, monkeypatch):
-    monkeypatch.setattr(sql, "BUSY_SECONDS", 0.05)
+    monkeypatch.setattr(database, "BUSY_SECONDS", 0.05)
     with closing(sqlite3.connect(path, isolation_level=None)) as other:
         other.execute("BEGIN EXCLUSIVE")
         with raises_store_error(path, "another process", "try again"):
@@ -276,10 +292,10 @@ def test_file_locked_while_it_is_made(path, monkeypatch):
 
 def test_full_disk_stores_nothing_of_the_batch(path):
     with SqlEpisodeStore(path) as store:
-        set_pragma(store, "max_page_count = 40")
+        set_pragma(store, "max_page_count = 60")
         small = make_episode()
         store.append(small)
-        big = [make_episode(messages=[{"role": "user", "content": "x" * 50_000}]) for _ in range(20)]
+        big = [make_episode(messages=[{"role": "user", "content": random.randbytes(30_000).hex()}]) for _ in range(20)]
         with raises_store_error(path, "disk is full", "make room"):
             store.append_many(big)
         assert store.query() == [small]
@@ -323,11 +339,11 @@ def test_newer_schema_names_both_versions(path):
 def test_damaged_file(path):
     with SqlEpisodeStore(path) as store:
         store.append_many([make_episode() for _ in range(100)])
-        execute(path, "UPDATE episodes SET body = cast(x'ff' AS text)")
+        execute(path, "UPDATE episodes SET id = cast(x'ff' AS text) || seq")
         with raises_store_error(path, "damaged", "backup", ".recover"):
             store.query()
     content = path.read_bytes()
-    path.write_bytes(content[:4096] + b"\xa5" * (len(content) - 4096))
+    path.write_bytes(content[:PAGE_BYTES] + b"\xa5" * (len(content) - PAGE_BYTES))
     with SqlEpisodeStore(path) as store, raises_store_error(path, "damaged", "backup", ".recover"):
         store.query()
 
@@ -337,7 +353,7 @@ def test_unreadable_body_says_what_to_do_and_lists_still_work(path, body):
     episode = make_episode()
     with SqlEpisodeStore(path) as store:
         store.append(episode)
-        execute(path, f"UPDATE episodes SET body = {body}")
+        execute(path, f"UPDATE bodies SET body = {body}")
         for read in (store.query, lambda: store.get(episode.id), lambda: store.append(episode)):
             with raises_store_error(path, episode.id, "newer", "backup"):
                 read()

@@ -68,8 +68,9 @@ def show_episode(episode_id: IdArgument, project: ProjectOption = DEFAULT_PROJEC
 
     with Project(project, create=False) as opened:
         episode = opened.store.get(episode_id)
+        labels = opened.store.get_labels(episode_id)
     if as_json:
-        write_line(episode.model_dump_json())
+        write_line(json_line({**episode.model_dump(mode="json"), "labels": [label.model_dump(mode="json") for label in labels]}))
         return
     write_text(f"{episode.id}  task {episode.task_id or '-'}  {episode.outcome}")
     for message in episode.messages:
@@ -77,6 +78,8 @@ def show_episode(episode_id: IdArgument, project: ProjectOption = DEFAULT_PROJEC
         write_text(f"[{message.role}] {message.content or ''}{' ' + calls if calls else ''}")
     for record in episode.records:
         write_text(record.model_dump_json(exclude_none=True))
+    for label in labels[1:]:
+        write_text(f"label {label.outcome}  by {label.source or '-'}  {label.comment}".rstrip())
     show_next("loraloop build", project)
 
 

@@ -30,6 +30,7 @@ def ingest(
         str | None,
         typer.Option("--license", help="Their licence or terms, such as MIT, or own for runs of your own; kept with each episode."),
     ] = None,
+    readmit: Annotated[bool, typer.Option("--readmit", help="Take in again what was forgotten or pruned.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Read recorded runs into the project's episode store. Reading a file again stores nothing twice."""
@@ -47,7 +48,7 @@ def ingest(
                 tasks[path] = bars.add_task(path.name, total=total)
             bars.update(tasks[path], completed=done, total=total)
 
-        for report in opened.ingest(paths, format_name, on_progress, license_name=license_name):
+        for report in opened.ingest(paths, format_name, on_progress, license_name=license_name, readmit=readmit):
             reports.append(report)
             on_progress(Path(report.path), report.read, report.read)  # how many there were may only be known at the end
             if as_json:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -56,10 +56,12 @@ def ingest_file(
     on_progress: Callable[[int, int | None], None] | None = None,
     *,
     license_name: str | None = None,
+    readmit: bool = False,
 ) -> IngestReport:
     """Take every entry of `path` into `store` and say what became of each.
 
-    The format is told from the file unless `format_name` says it. An episode without the tag `license` gets `license_name`.
+    The format is told from the file unless `format_name` says it. An episode without the tag `license` gets `license_name`. One that
+    was forgotten is refused, unless `readmit` takes it in again.
     `on_progress(entries read, entries in all or None)` is called after every batch. Raises ImportFailed when the file as a whole
     cannot be read, SettingsError for an unknown `format_name`; batches stored before stay, and ingesting again goes on from there.
     """
@@ -71,8 +73,12 @@ def ingest_file(
     n_read = 0
     for batch in _iter_batches(importer.read(path)):
         episodes = [with_license(entry, license_name) for entry in batch if isinstance(entry, Episode)]
-        stored.update(store.append_many(episodes))
-        new = [entry for entry in batch if isinstance(entry, Refusal)]
+        if readmit and (back := [episode for episode, out in zip(episodes, store.find_forgotten(episodes), strict=True) if out]):
+            store.readmit(back)
+        added = store.append_many(episodes)
+        kept_out = _refuse_forgotten(store, path, [episode for episode, is_new in zip(episodes, added, strict=True) if not is_new])
+        stored.update({True: sum(added), False: len(added) - sum(added) - len(kept_out)})
+        new = [*(entry for entry in batch if isinstance(entry, Refusal)), *kept_out]
         refused.update(refusal.reason for refusal in new)
         refusals.extend(new[: MAX_REFUSALS - len(refusals)])
         n_read += len(batch)
@@ -87,6 +93,21 @@ def ingest_file(
         refused=dict(sorted(refused.items())),
         refusals=tuple(refusals),
     )
+
+
+def _refuse_forgotten(store: EpisodeStore, path: Path, episodes: Sequence[Episode]) -> list[Refusal]:
+    """Of those that were not stored, those that were forgotten."""
+    flags = store.find_forgotten(episodes) if episodes else []
+    return [
+        Refusal(
+            episode_id=episode.id,
+            reason="forgotten",
+            detail=f"{path}: found episode {episode.id}, or what it holds, which was forgotten; expected it to stay away; say --readmit to "
+            "take it in again",
+        )
+        for episode, is_forgotten in zip(episodes, flags, strict=True)
+        if is_forgotten
+    ]
 
 
 def with_license(episode: Episode, name: str | None) -> Episode:

@@ -1,23 +1,16 @@
-"""An episode store in memory, and the text form of an episode that every store of ours shares.
-
-The text form keeps what was recorded to the letter: the order of keys in tool schemas (a chat template renders them in that
-order), `content` None apart from "", and lone surrogates, which a cut-off emoji leaves behind. What JSON cannot hold is refused,
-never bent.
-"""
+"""An episode store in memory."""
 
 from __future__ import annotations
 
 import bisect
-import json
 import threading
 from collections.abc import Iterator, Sequence
-from typing import TypeVar
 
-from loraloop.episode import Episode, EpisodeDto, EpisodeFilter
+from loraloop.episode import Episode, EpisodeDto, EpisodeFilter, Label
 from loraloop.errors import StoreError
-from loraloop.files import json_line
-
-Stored = TypeVar("Stored", Episode, EpisodeDto)
+from loraloop.store.labelling import Followed, follow_labelled, from_json, recorded_label, to_json
+from loraloop.store.parts import encode
+from loraloop.store.text import from_body, to_body
 
 
 class InMemoryEpisodeStore:
@@ -31,6 +24,8 @@ class InMemoryEpisodeStore:
         self._lock = threading.RLock()
         self._episodes: dict[str, Episode] = {}
         self._order: list[tuple[int, str]] = []  # (created_at, id), sorted
+        self._labels: dict[str, list[Label]] = {}  # of those that have got any; the first is the recorded one
+        self._forgotten: dict[str, bytes] = {}  # digests by id
 
     def append(self, episode: Episode) -> bool:
         """Keep `episode`; False when the very same is there already, whatever its `created_at`, or one that continues it.
@@ -44,18 +39,23 @@ class InMemoryEpisodeStore:
         """`append` for each in order, all or none; an empty sequence gives an empty list."""
         copies = [from_body(Episode, to_body(episode)) for episode in episodes]
         with self._lock:
-            changed: dict[str, Episode] = {}
+            forgotten = self.find_forgotten(copies)
+            changed: dict[str, Followed] = {}
             added = []
-            for episode in copies:
-                kept = changed.get(episode.id) or self._episodes.get(episode.id)
-                following = episode if kept is None else follow(kept, episode, "the store in memory")
+            for episode, is_forgotten in zip(copies, forgotten, strict=True):
+                kept, labels = self._get_with_labels(episode.id, changed)
+                following = None
+                if not is_forgotten:
+                    following = Followed(episode) if kept is None else follow_labelled(kept, labels, episode, "the store in memory")
                 if following is not None:
                     changed[episode.id] = following
                 added.append(following is not None)
-            for episode in changed.values():
-                if episode.id not in self._episodes:
-                    bisect.insort(self._order, _position(episode))
-            self._episodes.update(changed)
+            for episode_id, following in changed.items():
+                if episode_id not in self._episodes:
+                    bisect.insort(self._order, _position(following.episode))
+                self._episodes[episode_id] = following.episode
+                if following.labels:
+                    self._labels[episode_id] = list(following.labels)
             return added
 
     def get(self, episode_id: str) -> Episode:
@@ -89,6 +89,53 @@ class InMemoryEpisodeStore:
         unlimited = (episode_filter or EpisodeFilter()).model_copy(update={"limit": None, "offset": 0})
         return len(self._select(unlimited))
 
+    def add_labels(self, labels: Sequence[Label]) -> None:
+        """Say how episodes ended, in order, all or none. Raises StoreError when one of them is not there."""
+        copies = [from_json(to_json(label)) for label in labels]
+        with self._lock:
+            for label in copies:
+                self.get(label.episode_id)
+            for label in copies:
+                episode = self._episodes[label.episode_id]
+                self._labels.setdefault(label.episode_id, [recorded_label(episode)]).append(label)
+                self._episodes[label.episode_id] = episode.model_copy(update={"outcome": label.outcome})
+
+    def get_labels(self, episode_id: str) -> list[Label]:
+        """What was said of its outcome, oldest first; the first is what it was recorded with. Raises StoreError when it is not there."""
+        with self._lock:
+            return list(self._labels.get(episode_id) or [recorded_label(self.get(episode_id))])
+
+    def forget(self, episode_ids: Sequence[str], *, by_content: bool = True) -> int:
+        """Remove episodes for good and keep out what has their id and, `by_content`, what is the same; how many were there."""
+        with self._lock:
+            found = [self._episodes[each] for each in dict.fromkeys(episode_ids) if each in self._episodes]
+            self._forgotten |= dict.fromkeys(episode_ids, b"")
+            if by_content:
+                self._forgotten |= {episode.id: encode(episode).digest for episode in found}
+            for episode in found:
+                self._order.remove(_position(episode))
+                self._labels.pop(episode.id, None)
+                del self._episodes[episode.id]
+            return len(found)
+
+    def find_forgotten(self, episodes: Sequence[Episode]) -> list[bool]:
+        """Of each whether it is kept out."""
+        with self._lock:
+            digests = set(self._forgotten.values()) - {b""}
+            return [each.id in self._forgotten or (bool(digests) and encode(each).digest in digests) for each in episodes]
+
+    def readmit(self, episodes: Sequence[Episode]) -> None:
+        """Keep these out no longer."""
+        with self._lock:
+            taken = {encode(episode).digest for episode in episodes}
+            ids = {str(episode.id) for episode in episodes}
+            self._forgotten = {each: digest for each, digest in self._forgotten.items() if each not in ids and digest not in taken}
+
+    def _get_with_labels(self, episode_id: str, changed: dict[str, Followed]) -> tuple[Episode | None, Sequence[Label]]:
+        if episode_id in changed:
+            return changed[episode_id].episode, changed[episode_id].labels
+        return self._episodes.get(episode_id), self._labels.get(episode_id, ())
+
     def _select(self, wanted: EpisodeFilter) -> list[Episode]:
         with self._lock:
             episodes = [self._episodes[episode_id] for _, episode_id in self._order]
@@ -97,78 +144,5 @@ class InMemoryEpisodeStore:
         return matching[wanted.offset : end]
 
 
-def to_body(model: Episode | EpisodeDto) -> str:
-    """`model` as one JSON text that `from_body` reads back equal, keys in their order.
-
-    Only the two halves of one character that came apart, as in a stream of pieces, are put together again: JSON reads them as one.
-    Raises StoreError when it holds what JSON cannot (NaN, infinity) or what is no valid value (`model_copy` checks nothing).
-    """
-    try:
-        # not mode="json" and not model_dump_json: both turn some lone surrogates into U+FFFD, and the latter infinity into null
-        return _escape_surrogates(json_line(model.model_dump(warnings="error")))
-    except (ValueError, TypeError) as error:  # pydantic's own serialization error is a ValueError
-        raise StoreError(f"episode {model.id} cannot be stored as JSON: {error}; correct that value and append it again") from error
-
-
-def from_body(kind: type[Stored], body: str) -> Stored:
-    """What `to_body` made `body` of; raises ValueError when that was no `kind`."""
-    # not model_validate_json: it refuses the escapes of lone surrogates
-    return kind.model_validate(json.loads(body))
-
-
-def follow(kept: Episode, episode: Episode, where: str) -> Episode | None:
-    """What to keep instead of `kept` when `episode` comes with its id: None for the same, or for an earlier state of it.
-
-    Raises StoreError when it neither equals nor continues what is there. Its place in the order stays.
-    """
-    if same_content(kept, episode):
-        return None
-    if not continues(kept, episode):
-        if continues(episode, kept):
-            return None
-        raise StoreError(conflict(episode.id, where))
-    return episode.model_copy(update={"metadata": episode.metadata.model_copy(update={"created_at": kept.metadata.created_at})})
-
-
-def continues(earlier: Episode, later: Episode) -> bool:
-    """True when `earlier` is open and `later` begins with all of its records; without records, with all of its messages.
-
-    What was not known before may have come since: the group, the outcome, that it is over; what was known stays known.
-    """
-    same_run = (earlier.learn_model, earlier.task_id) == (later.learn_model, later.task_id)
-    still_known = earlier.group_id in (None, later.group_id) and (earlier.outcome.is_unknown or not later.outcome.is_unknown)
-    if earlier.records:
-        begins = later.records[: len(earlier.records)] == earlier.records
-    else:
-        begins = later.messages[: len(earlier.messages)] == earlier.messages
-    return earlier.is_open and same_run and still_known and begins
-
-
-def same_content(one: Episode, other: Episode) -> bool:
-    """True when both are equal to the letter but for `metadata.created_at`, which an importer sets to its present."""
-    return _without_creation(one) == _without_creation(other)
-
-
-def conflict(episode_id: str, where: str) -> str:
-    """The message for two different episodes with one id."""
-    return (
-        f"{where} has an episode {episode_id} already, with other content; episodes are never changed: "
-        "give the new one an id of its own, or leave out `id`"
-    )
-
-
-def _without_creation(episode: Episode) -> str:
-    return to_body(episode.model_copy(update={"metadata": episode.metadata.model_copy(update={"created_at": 0})}))
-
-
 def _position(episode: Episode) -> tuple[int, str]:
     return episode.metadata.created_at, episode.id
-
-
-def _escape_surrogates(text: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        joined = text.encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass")
-        return joined.encode("utf-8", "backslashreplace").decode()
-    return text

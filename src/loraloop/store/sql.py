@@ -1,121 +1,69 @@
-"""An episode store in one SQLite file, for any number of threads and processes of one machine.
+"""An episode store in a SQLite file or on a PostgreSQL server, for any number of threads and processes.
 
 What `append` has acknowledged survives the death of the process and a power cut. One writer at a time, readers never wait for it.
-Episodes are only ever added, and one that is open is continued. Every failure is a StoreError that names the file and the way out.
-Not for a network drive: SQLite's write-ahead log needs memory that its processes share.
+Episodes are only ever added, labelled and, when asked for, forgotten; one that is open is continued. Every failure is a StoreError
+that names the store and the way out.
 """
 
 from __future__ import annotations
 
-import os
-import sqlite3
-import threading
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
-from urllib.parse import unquote
 
-from sqlalchemy import (
-    URL,
-    BigInteger,
-    Column,
-    ColumnElement,
-    Connection,
-    Index,
-    Integer,
-    MetaData,
-    Table,
-    Text,
-    create_engine,
-    event,
-    func,
-    select,
-    tuple_,
-    update,
-)
-from sqlalchemy.dialects.sqlite import insert
-from sqlalchemy.exc import DBAPIError, OperationalError, SQLAlchemyError
+from sqlalchemy import Connection, Row, Select, bindparam, func, select, tuple_
 
-from loraloop.episode import Episode, EpisodeDto, EpisodeFilter
-from loraloop.errors import SettingsError, StoreError
-from loraloop.store.memory import Stored, follow, from_body, to_body
+from loraloop.episode import Episode, EpisodeDto, EpisodeFilter, Label
+from loraloop.errors import StoreError
+from loraloop.store.database import Database
+from loraloop.store.labelling import recorded_label
+from loraloop.store.parts import Unpacker, decode, split_keys
+from loraloop.store.postgres import SCHEMES, PostgresDatabase
+from loraloop.store.rows import chunks, conditions
+from loraloop.store.schema import blobs, bodies, episodes
+from loraloop.store.sqlite import SqliteDatabase
+from loraloop.store.text import from_body
+from loraloop.store.writer import Writer, read_labels
 
-SCHEMA_VERSION = 1
-"""The layout of the file that this loraloop writes, kept in `PRAGMA user_version`."""
-BUSY_SECONDS = 30.0
-"""How long a writer waits for another process's transaction before it gives up."""
 PAGE_ROWS = 100
 """How many episodes an iteration fetches at a time, as text."""
 
-_FILTERED_COLUMNS = ("learn_model", "scenario", "outcome", "task_id", "group_id")
-_schema = MetaData()
-_episodes = Table(
-    "episodes",
-    _schema,
-    Column("seq", Integer, primary_key=True),  # in the order of commits, as there is one writer at a time
-    Column("id", Text, nullable=False, unique=True),
-    Column("created_at", BigInteger, nullable=False),
-    Column("learn_model", Text, nullable=False),
-    Column("scenario", Text),
-    Column("outcome", Text, nullable=False),
-    Column("task_id", Text),
-    Column("group_id", Text),
-    Column("meta", Text, nullable=False),  # the EpisodeDto, so that lists need not read bodies
-    Column("body", Text, nullable=False),  # the Episode; last, as SQLite reads a row from the left
-    Index("episodes_by_position", "created_at", "id"),
-    *(Index(f"episodes_by_{name}", name, "created_at", "id") for name in _FILTERED_COLUMNS),
-    sqlite_autoincrement=True,
-)
-_POSITION = (_episodes.c.created_at, _episodes.c.id)
-
-_BEGIN = "loraloop_begin"  # execution option: the statement that opens a transaction; without it each statement is its own
-
-_ADVICE = {
-    sqlite3.SQLITE_BUSY: (
-        f"another process has been writing to it for more than {BUSY_SECONDS:.0f} s; "
-        "wait for that process or end it (`fuser` names it), then try again"
-    ),
-    sqlite3.SQLITE_FULL: "the disk is full; nothing of this call was stored; make room and repeat it",
-    sqlite3.SQLITE_READONLY: "it cannot be written to; make the file and its directory writable, or choose another path",
-    sqlite3.SQLITE_CANTOPEN: "it cannot be opened; check that it is a file in a directory that exists and can be written to",
-    sqlite3.SQLITE_NOTADB: "it is not a SQLite database; choose another path, or move that file away to start an empty store",
-    sqlite3.SQLITE_CORRUPT: "it is damaged; restore it from a backup, or save what can be read with `sqlite3 FILE .recover`",
-    sqlite3.SQLITE_IOERR: "the disk or file system reports an error; check its state, free space and quota, then repeat the call",
-}
+_POSITION = (episodes.c.created_at, episodes.c.id)
+_WHOLE: Select[Any] = select(*_POSITION, episodes.c.meta, episodes.c.blob_keys, bodies.c.body).join(bodies, bodies.c.seq == episodes.c.seq)
+_ONE: Select[Any] = _WHOLE.where(episodes.c.id == bindparam("wanted"))
 
 
 class SqlEpisodeStore:
-    """Keeps episodes in the SQLite file at `path_or_url`, a path or a `sqlite:///` URL; made with its directories when missing.
+    """Keeps episodes at `path_or_url`: a path or a `sqlite:///` URL, made when missing; or `postgresql+psycopg://USER@HOST/DATABASE`.
 
-    Use it from any thread, as a context manager or with `close()`. Several processes may have the same file open; a forked child
-    opens its own. Raises SettingsError for any other URL, StoreError when the file cannot be opened, is no store or is too new.
+    Use it from any thread, as a context manager or with `close()`. Several processes may have it open; a forked child opens its own.
+    Raises SettingsError for any other URL, StoreError when it cannot be opened, is no store or is too new.
     """
 
     def __init__(self, path_or_url: str | Path) -> None:
-        self.path = _to_path(path_or_url).absolute()
-        self._pid = os.getpid()
-        self._closed = False
-        self._write_lock = threading.Lock()  # the threads of one process queue here; SQLite's own waiting is by polling
-        self._engine = create_engine(
-            URL.create("sqlite", database=str(self.path)),
-            connect_args={"timeout": BUSY_SECONDS, "isolation_level": None},  # None: no BEGIN but ours
-            max_overflow=-1,
-        )
-        event.listen(self._engine, "connect", _set_up_connection)
-        event.listen(self._engine, "begin", _begin)
+        is_server = isinstance(path_or_url, str) and path_or_url.partition("://")[0] in SCHEMES
+        self._database: Database = PostgresDatabase(str(path_or_url)) if is_server else SqliteDatabase(path_or_url)
+        self._writer = Writer(self._database)
         try:
-            self._prepare_file()
+            self._database.prepare()
         except BaseException:
             self.close()
             raise
 
+    @property
+    def path(self) -> Path | None:
+        """The file; None for a server."""
+        return self._database.path if isinstance(self._database, SqliteDatabase) else None
+
+    @property
+    def where(self) -> str:
+        """The file, or the server's URL without its password."""
+        return self._database.where
+
     def close(self) -> None:
-        """Close the file, after the last use in any thread; a second time does nothing."""
-        self._closed = True
-        self._engine.dispose(close=os.getpid() == self._pid)
+        """Close the store, after the last use in any thread; a second time does nothing."""
+        self._database.close()
 
     def __enter__(self) -> Self:
         return self
@@ -124,7 +72,8 @@ class SqlEpisodeStore:
         self.close()
 
     def append(self, episode: Episode) -> bool:
-        """Keep `episode`; False when the very same is there already, whatever its `created_at`, or one that continues it.
+        """Keep `episode`; False when the very same is there already, whatever its `created_at`, or one that continues it, or when it
+        was forgotten.
 
         One that continues an open episode takes its place. Raises StoreError when another episode has its id, or when it cannot be
         kept whole: NaN or infinity anywhere, a lone surrogate in its learn model, scenario, task or group.
@@ -133,35 +82,29 @@ class SqlEpisodeStore:
 
     def append_many(self, episodes: Sequence[Episode]) -> list[bool]:
         """`append` for each in order, in one transaction: all or none; an empty sequence gives an empty list."""
-        rows = [_to_row(episode) for episode in episodes]  # before the lock is taken: the work is here
-        statement = insert(_episodes).on_conflict_do_nothing(index_elements=["id"])
-        added = []
-        with self._transaction() as connection:
-            for episode, row in zip(episodes, rows, strict=True):
-                is_new = connection.execute(statement, row).rowcount == 1
-                added.append(is_new or self._follow(connection, episode))
-        return added
+        return self._writer.append(episodes, self._find)
 
     def get(self, episode_id: str) -> Episode:
         """The episode; raises StoreError when there is none."""
         episode = self.find(episode_id)
         if episode is None:
-            raise StoreError(f"no episode {str(episode_id)!r} in {self.path}; `loraloop episodes list` shows those that are there")
+            raise StoreError(self._no_episode(episode_id))
         return episode
 
     def find(self, episode_id: str) -> Episode | None:
         """The episode, or None."""
-        with self._connection() as connection:
-            body = connection.scalar(select(_episodes.c.body).where(_episodes.c.id == str(episode_id)))
-        return None if body is None else self._decode(Episode, str(episode_id), body)
+        with self._database.reading() as connection:
+            return self._find(connection, episode_id)
 
     def iter_episodes(self, episode_filter: EpisodeFilter | None = None) -> Iterator[Episode]:
-        """The episodes that match, in order; those that were there at the first step.
+        """The episodes that match, in order; those that were there at the first step and were not forgotten since.
 
         Memory is bounded by `PAGE_ROWS`, and no transaction stays open between steps.
         """
-        for episode_id, body in self._iter_texts(episode_filter or EpisodeFilter(), _episodes.c.body):
-            yield self._decode(Episode, episode_id, body)
+        unpacker = Unpacker()
+        for rows, texts in self._iter_pages(episode_filter or EpisodeFilter(), _WHOLE):
+            for row in rows:
+                yield self._decode(row, texts, unpacker)
 
     def query(self, episode_filter: EpisodeFilter | None = None) -> list[Episode]:
         """`iter_episodes` as a list."""
@@ -169,180 +112,102 @@ class SqlEpisodeStore:
 
     def list_meta(self, episode_filter: EpisodeFilter | None = None) -> list[EpisodeDto]:
         """The episodes that match, without messages and records, in order; the bodies are not read."""
-        rows = self._iter_texts(episode_filter or EpisodeFilter(), _episodes.c.meta)
-        return [self._decode(EpisodeDto, episode_id, meta) for episode_id, meta in rows]
+        unpacker = Unpacker()
+        pages = self._iter_pages(episode_filter or EpisodeFilter(), select(*_POSITION, episodes.c.meta))
+        return [self._decode_meta(row, unpacker) for rows, _ in pages for row in rows]
 
     def count(self, episode_filter: EpisodeFilter | None = None) -> int:
         """How many match; `limit` and `offset` do not change it."""
-        matching = _conditions(episode_filter or EpisodeFilter())
-        with self._connection() as connection:
-            return connection.scalar(select(func.count()).select_from(_episodes).where(*matching)) or 0
+        matching = conditions(episode_filter or EpisodeFilter())
+        with self._database.connecting() as connection:
+            return connection.scalar(select(func.count()).select_from(episodes).where(*matching)) or 0
 
-    def _iter_texts(self, wanted: EpisodeFilter, column: Column[str]) -> Iterator[tuple[str, str]]:
-        """(id, text) in pages, each found by the position of the last row of the one before."""
-        with self._connection() as connection:
-            newest = connection.scalar(select(func.max(_episodes.c.seq))) or 0
-        matching = (_episodes.c.seq <= newest, *_conditions(wanted))
-        rows_of = select(*_POSITION, column).where(*matching).order_by(*_POSITION)
+    def add_labels(self, labels: Sequence[Label]) -> None:
+        """Say how episodes ended, in order, in one transaction: all or none.
+
+        Each is read, listed and filtered with its newest outcome from now on. Raises StoreError when one of them is not there.
+        """
+        self._writer.add_labels(labels)
+
+    def get_labels(self, episode_id: str) -> list[Label]:
+        """What was said of its outcome, oldest first; the first is what it was recorded with. Raises StoreError when it is not there."""
+        with self._database.reading() as connection:
+            episode = self._find(connection, episode_id)
+            if episode is None:
+                raise StoreError(self._no_episode(episode_id))
+            return read_labels(connection, episode_id) or [recorded_label(episode)]
+
+    def forget(self, episode_ids: Sequence[str], *, by_content: bool = True) -> int:
+        """Remove episodes, their labels and every blob that no other episode has, and keep out what has their id or content.
+
+        How many were there. Without `by_content` only what has their id is kept out. On SQLite the bytes are overwritten, in the file
+        itself when its log is written back, at the latest when the store is closed; backups are not. Looks through the keys of all
+        episodes once.
+        """
+        return self._writer.forget(episode_ids, by_content=by_content)
+
+    def find_forgotten(self, episodes: Sequence[Episode]) -> list[bool]:
+        """Of each whether it is kept out."""
+        return self._writer.find_forgotten(episodes)
+
+    def readmit(self, episodes: Sequence[Episode]) -> None:
+        """Keep these out no longer."""
+        self._writer.readmit(episodes)
+
+    def _iter_pages(self, wanted: EpisodeFilter, statement: Select[Any]) -> Iterator[tuple[Sequence[Row[Any]], Mapping[bytes, bytes]]]:
+        """Rows in pages, each found by the position of the last row of the one before, and the texts of the blobs that they name."""
+        with self._database.connecting() as connection:
+            newest = connection.scalar(select(func.max(episodes.c.seq))) or 0
+        rows_of = statement.where(episodes.c.seq <= newest, *conditions(wanted)).order_by(*_POSITION)
         page, left = rows_of.offset(wanted.offset), wanted.limit
         while left != 0:
             n_rows = PAGE_ROWS if left is None else min(PAGE_ROWS, left)
-            with self._connection() as connection:
+            with self._database.reading() as connection:
                 rows = connection.execute(page.limit(n_rows)).all()
-            for row in rows:
-                yield row[1], row[2]
+                joined = [row.blob_keys for row in rows] if "blob_keys" in statement.selected_columns else []
+                texts = self._read_blobs(connection, joined)
+            yield rows, texts
             if len(rows) < n_rows:
                 return
             left = None if left is None else left - n_rows
             page = rows_of.where(tuple_(*_POSITION) > tuple_(*rows[-1][:2]))
 
-    def _follow(self, connection: Connection, episode: Episode) -> bool:
-        """Put `episode` in the place of the open one that it continues; False when there is nothing to change."""
-        there = _episodes.c.id == str(episode.id)
-        body = connection.scalar(select(_episodes.c.body).where(there))
-        following = follow(self._decode(Episode, episode.id, body or ""), episode, str(self.path))
-        if following is not None:
-            connection.execute(update(_episodes).where(there).values(_to_row(following)))
-        return following is not None
+    def _find(self, connection: Connection, episode_id: str) -> Episode | None:
+        row = connection.execute(_ONE, {"wanted": str(episode_id)}).first()
+        if row is None:
+            return None
+        return self._decode(row, self._read_blobs(connection, [row.blob_keys]), Unpacker())
 
-    def _decode(self, kind: type[Stored], episode_id: str, text: str) -> Stored:
+    def _read_blobs(self, connection: Connection, joined: Sequence[bytes]) -> dict[bytes, bytes]:
+        """The texts of all keys in these values, packed."""
+        wanted = {key for keys in joined for key in split_keys(keys)}
+        texts: dict[bytes, bytes] = {}
+        for chunk in chunks(wanted):
+            rows = connection.execute(select(blobs.c.key, blobs.c.data).where(blobs.c.key.in_(chunk)))
+            texts |= {row.key: row.data for row in rows}
+        return texts
+
+    def _decode(self, row: Row[Any], packed: Mapping[bytes, bytes], unpacker: Unpacker) -> Episode:
         try:
-            return from_body(kind, text)
-        except ValueError as error:
-            raise StoreError(
-                f"{self.path}: episode {episode_id} cannot be read: {error}; open the file with the loraloop that wrote it "
-                "if that is a newer one, else restore the file from a backup"
-            ) from error
+            keys = split_keys(row.blob_keys)
+            texts = {key: unpacker.unpack_blob(key, packed[key]) for key in keys}
+            return decode(unpacker.unpack(row.meta), unpacker.unpack(row.body), keys, texts)
+        except KeyError as error:
+            raise StoreError(self._unreadable(row.id, f"it lacks {error}")) from error
+        except (ValueError, TypeError, AttributeError) as error:  # of a text that is another kind of value
+            raise StoreError(self._unreadable(row.id, error)) from error
 
-    def _prepare_file(self) -> None:
-        """Check that the file is ours, or make it so when it is new."""
+    def _decode_meta(self, row: Row[Any], unpacker: Unpacker) -> EpisodeDto:
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-        except (OSError, ValueError) as error:
-            raise StoreError(f"{self.path}: its directory cannot be made: {error}; choose another path") from error
-        with self._connection() as connection:
-            version = self._check_schema(connection)
-            self._enter_wal(connection)
-        if version == 0:
-            with self._transaction() as connection:
-                if self._check_schema(connection) == 0:  # another process may have been faster
-                    _schema.create_all(connection)
-                    connection.exec_driver_sql(f"PRAGMA user_version = {SCHEMA_VERSION}")
+            return from_body(EpisodeDto, unpacker.unpack(row.meta))
+        except (ValueError, TypeError, AttributeError) as error:
+            raise StoreError(self._unreadable(row.id, error)) from error
 
-    def _check_schema(self, connection: Connection) -> int:
-        """The schema's version, 0 for an empty file; raises StoreError for a newer one and for another program's database."""
-        n_tables = connection.exec_driver_sql("SELECT count(*) FROM sqlite_master").scalar_one()
-        # read second: tables that another process makes come in one commit with the version
-        version = int(connection.exec_driver_sql("PRAGMA user_version").scalar_one())
-        if version > SCHEMA_VERSION:
-            raise StoreError(
-                f"{self.path} has schema version {version}, and this loraloop knows versions up to {SCHEMA_VERSION}; "
-                "upgrade loraloop, or choose another path"
-            )
-        if version == 0 and n_tables:
-            raise StoreError(f"{self.path} is a SQLite database of another program; choose another path")
-        return version
+    def _no_episode(self, episode_id: str) -> str:
+        return f"no episode {str(episode_id)!r} in {self.where}; `loraloop episodes list` shows those that are there"
 
-    def _enter_wal(self, connection: Connection) -> None:
-        """Switch to the write-ahead log, so that readers and the writer do not block each other."""
-        deadline = time.monotonic() + BUSY_SECONDS
-        mode = connection.exec_driver_sql("PRAGMA journal_mode").scalar_one()
-        while mode != "wal":
-            try:
-                mode = connection.exec_driver_sql("PRAGMA journal_mode = WAL").scalar_one()
-            except OperationalError as error:  # SQLite does not wait by itself when several processes do this at once
-                if _sqlite_code(error) != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
-                    raise
-                time.sleep(0.01)
-            else:
-                if mode != "wal":
-                    raise StoreError(f"{self.path}: its file system cannot hold a write-ahead log; choose a path on a local disk")
-
-    @contextmanager
-    def _transaction(self) -> Iterator[Connection]:
-        """A connection that writes, alone; committed when the block ends well, else rolled back."""
-        with self._connection() as connection, self._write_lock:
-            connection.execution_options(**{_BEGIN: "BEGIN IMMEDIATE"})
-            with connection.begin():
-                yield connection
-
-    @contextmanager
-    def _connection(self) -> Iterator[Connection]:
-        """A connection of the pool, each statement its own transaction; whatever SQLite reports becomes a StoreError."""
-        if self._closed:
-            raise StoreError(f"{self.path} was closed; open the store again")
-        if os.getpid() != self._pid:  # SQLite's locks are not inherited: going on would damage the file
-            raise StoreError(f"{self.path} was opened before this process was forked; open the store again in the child")
-        try:
-            with self._engine.connect() as connection:
-                yield connection
-        except (OverflowError, UnicodeEncodeError) as error:
-            raise StoreError(
-                f"{self.path}: a value to store or to filter by does not fit: {error}; "
-                "times and counts are below 2**63, and ids, tasks, groups and names have no lone surrogates"
-            ) from error
-        except (SQLAlchemyError, sqlite3.Error) as error:
-            cause = error.orig if isinstance(error, DBAPIError) else error
-            advice = _ADVICE.get(_sqlite_code(error), "close it everywhere and try again; if that changes nothing, report this")
-            raise StoreError(f"{self.path}: {advice} ({cause})") from error
-
-
-def _to_path(path_or_url: str | Path) -> Path:
-    text = str(path_or_url)
-    if text == ":memory:":
-        raise SettingsError("a store in ':memory:' would be lost at the end; give a path, or use InMemoryEpisodeStore()")
-    if isinstance(path_or_url, Path) or "://" not in text:
-        return Path(text)
-    scheme, _, rest = text.partition("://")
-    if scheme not in ("sqlite", "sqlite+pysqlite"):
-        raise SettingsError(f"no episode store for {scheme}:// (PostgreSQL is not supported yet); give a path or sqlite:///PATH")
-    if not rest.startswith("/") or rest in ("/", "/:memory:") or "?" in rest:
-        raise SettingsError(f"{text!r} names no file; give a path, or sqlite:///PATH (four slashes for an absolute one), without options")
-    return Path(unquote(rest[1:]))  # by hand, as SQLAlchemy 2.0 and 2.1 differ in whether they unquote
-
-
-def _set_up_connection(connection: Any, _record: object) -> None:
-    # FULL syncs at every commit (0.5 ms on an SSD, against 0.1 ms with NORMAL): an episode is worth more than that, and a batch
-    # is one commit. fullfsync is the same for macOS, where fsync alone leaves the data in the drive's cache.
-    connection.execute("PRAGMA synchronous = FULL")
-    connection.execute("PRAGMA fullfsync = ON")
-
-
-def _begin(connection: Connection) -> None:
-    statement = connection.get_execution_options().get(_BEGIN)
-    if statement:
-        connection.exec_driver_sql(statement)
-
-
-def _to_row(episode: Episode) -> dict[str, str | int | None]:
-    body = to_body(episode)  # first, as it finds what is not valid
-    return {
-        "id": str(episode.id),
-        "created_at": episode.metadata.created_at,
-        "learn_model": episode.learn_model,
-        "scenario": episode.metadata.scenario,
-        "outcome": episode.outcome.kind,
-        "task_id": episode.task_id,
-        "group_id": episode.group_id,
-        "meta": to_body(episode.to_dto()),
-        "body": body,
-    }
-
-
-def _conditions(wanted: EpisodeFilter) -> list[ColumnElement[bool]]:
-    """`EpisodeFilter.matches` in SQL."""
-    values = ((_episodes.c[name], getattr(wanted, name)) for name in _FILTERED_COLUMNS)
-    conditions = [column == value for column, value in values if value is not None]
-    if wanted.since is not None:
-        conditions.append(_episodes.c.created_at >= wanted.since)
-    if wanted.until is not None:
-        conditions.append(_episodes.c.created_at < wanted.until)
-    return conditions
-
-
-def _sqlite_code(error: Exception) -> int:
-    """SQLite's primary result code; 0 when the error is not from SQLite itself."""
-    cause = error.orig if isinstance(error, DBAPIError) else error
-    if "Could not decode to UTF-8" in str(cause):  # by the driver, which gives no code; nobody but a bad disk writes such text
-        return sqlite3.SQLITE_CORRUPT
-    return int(getattr(cause, "sqlite_errorcode", 0)) & 0xFF
+    def _unreadable(self, episode_id: str, error: object) -> str:
+        return (
+            f"{self.where}: episode {episode_id} cannot be read: {error}; open the store with the loraloop that wrote it "
+            "if that is a newer one, else restore it from a backup"
+        )

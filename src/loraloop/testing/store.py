@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 from loraloop.episode import (
@@ -21,6 +20,7 @@ from loraloop.episode import (
 from loraloop.errors import StoreError
 from loraloop.plugins import EpisodeStore
 from loraloop.testing.episodes import expect, make_episode
+from loraloop.testing.store_changes import CHECKS_OF_CHANGES, expect_store_error
 
 
 def check_store(open_store: Callable[[], EpisodeStore]) -> None:
@@ -44,6 +44,7 @@ def check_store(open_store: Callable[[], EpisodeStore]) -> None:
         _check_strange_text,
         _check_not_json,
         _check_not_shared,
+        *CHECKS_OF_CHANGES,
     ):
         store = open_store()
         expect(isinstance(store, EpisodeStore), f"{type(store).__name__} has not all methods of loraloop.plugins.EpisodeStore")
@@ -60,7 +61,7 @@ def _check_empty(store: EpisodeStore) -> None:
     missing = "ep-0000000000000-0123456789abcdef"
     expect(store.find(missing) is None, "find() of a missing id gives None")
     expect(store.find("no id at all; drop table'") is None, "find() of any text that is no id gives None")
-    with _expect_store_error("get() of a missing id", naming=missing):
+    with expect_store_error("get() of a missing id", naming=missing):
         store.get(missing)
     expect(store.append_many([]) == [], "append_many([]) gives []")
     expect(store.query() == [] and store.list_meta() == [], "an empty store lists nothing")
@@ -107,7 +108,7 @@ def _check_conflict(store: EpisodeStore) -> None:
         {"metadata": EpisodeMetadata(created_at=5)},
     ]
     for change in changes:
-        with _expect_store_error(f"append() of another episode with the same id, by {change}", naming=first.id):
+        with expect_store_error(f"append() of another episode with the same id, by {change}", naming=first.id):
             store.append(Episode.model_validate({**dict(first), **change}))
     expect(store.query() == [first], "a conflict leaves the store as it was")
 
@@ -126,14 +127,14 @@ def _check_open(store: EpisodeStore) -> None:
     judged = more.model_copy(update={"outcome": Success(0.25)})
     expect(store.append(judged) is True and store.append(more) is False, "what is known of an open episode is added, and not undone")
     expect(store.get(started.id) == judged, "what is known of an open episode is added, and not undone")
-    with _expect_store_error("append() of another run with the id of an open episode", naming=started.id):
+    with expect_store_error("append() of another run with the id of an open episode", naming=started.id):
         store.append(started.model_copy(update={"records": tuple(records[1:])}))
-    with _expect_store_error("append() of another task with the id of an open episode", naming=started.id):
+    with expect_store_error("append() of another task with the id of an open episode", naming=started.id):
         store.append(whole.model_copy(update={"task_id": "ham"}))
     expect(store.append_many([whole, more, whole]) == [True, False, False], "append_many() continues, too, and knows what it was given")
     expect(store.query(EpisodeFilter(outcome="success", group_id="g")) == [whole], "filters find an episode as it is now")
     expect(store.list_meta() == [whole.to_dto(), other.to_dto()] and store.count() == 2, "an episode that was continued is still one")
-    with _expect_store_error("append() of what continues a closed episode", naming=started.id):
+    with expect_store_error("append() of what continues a closed episode", naming=started.id):
         store.append(whole.model_copy(update={"records": (*records, records[0])}))
     talk = make_episode(is_open=True, outcome=Unknown())
     longer = talk.model_copy(update={"messages": (*talk.messages, *talk.messages[1:]), "is_open": False})
@@ -145,9 +146,9 @@ def _check_append_many(store: EpisodeStore) -> None:
     old, new, other = [_created(make_episode(), n) for n in range(3)]
     store.append(old)
     expect(store.append_many([new, old, new, _created(new, 9)]) == [True, False, False, False], "append_many() says which were new")
-    with _expect_store_error("append_many() with a conflict", naming=old.id):
+    with expect_store_error("append_many() with a conflict", naming=old.id):
         store.append_many([other, old.model_copy(update={"task_id": "another"})])
-    with _expect_store_error("append_many() with a conflict within the batch", naming=other.id):
+    with expect_store_error("append_many() with a conflict within the batch", naming=other.id):
         store.append_many([other, other.model_copy(update={"task_id": "another"})])
     expect(store.query() == [old, new], "append_many() adds all or none")
     expect(store.append(other) is True, "after a refused batch the store goes on")
@@ -313,13 +314,3 @@ def _created(episode: Episode, created_at: int) -> Episode:
 def _expect_same(given: Episode, expected: Episode) -> None:
     """Equal to the letter: the order of keys too, and 1 is not 1.0."""
     expect(json.dumps(given.model_dump()) == json.dumps(expected.model_dump()), f"kept as it was: {expected!r}, not {given!r}")
-
-
-@contextmanager
-def _expect_store_error(what: str, naming: str) -> Iterator[None]:
-    try:
-        yield
-    except StoreError as error:
-        expect(naming in str(error), f"{what}: the StoreError names {naming}, not only: {error}")
-    else:
-        raise AssertionError(f"{what} raises StoreError")
