@@ -24,7 +24,8 @@ from loraloop.dataset import Dataset, DatasetSettings, freeze
 from loraloop.episode import EpisodeFilter
 from loraloop.errors import ImportFailed, SettingsError
 from loraloop.files import write_atomic
-from loraloop.importers.ingest import IngestReport, ingest_file, iter_files, refuse_file
+from loraloop.importers.ingest import IngestReport, find_side_file, ingest_file, refuse_file
+from loraloop.importers.sources import search
 from loraloop.lora.config import LoraTrainerConfig, TrainOptions
 from loraloop.lora.model import TrainedModel
 from loraloop.lora.plain_thread import run_in_plain_thread
@@ -42,16 +43,19 @@ def ingest(
     *,
     license_name: str | None = None,
 ) -> Iterator[IngestReport]:
-    """Read every file under `paths` into `store`; gives one report a file. Episodes that say no terms get `license_name`.
+    """Read every file under `paths`, which may be patterns and `-`, into `store`; gives one report a file.
 
-    Among several files, one that cannot be read as episodes is refused as a whole, so that it costs none of the others. Raises
-    ImportFailed when it is the only one, and for a path that is not there.
+    Episodes that say no terms get `license_name`. Among several files, one that cannot be read as episodes is refused as a whole, so
+    that it costs none of the others. Raises ImportFailed when it is the only one, and for a path that is not there.
     """
-    files = iter_files(paths)
-    for path in files:
+    files = search(paths)
+    for found in files:
+        path = found.path
         try:
+            if found.problem:
+                raise found.problem
             told: Callable[[int, int | None], None] = lambda done, total, path=path: on_progress(path, done, total)  # type: ignore[misc]  # noqa: E731
-            report = ingest_file(store, path, format_name, told, license_name=license_name)
+            report = find_side_file(found) or ingest_file(store, path, format_name, told, license_name=license_name)
         except ImportFailed as error:
             if len(files) == 1:
                 raise

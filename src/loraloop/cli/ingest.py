@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -22,7 +23,12 @@ def register(app: typer.Typer) -> None:
 
 def ingest(
     paths: Annotated[
-        list[Path], typer.Argument(help="Files, or directories to search for *.json, *.jsonl and *.traj.", show_default=False)
+        list[Path],
+        typer.Argument(
+            help="Files, patterns such as 'runs/**/*.jsonl', or directories to search for *.json, *.jsonl, *.traj and *.eval, each also "
+            "with .gz or .zst; - for standard input.",
+            show_default=False,
+        ),
     ],
     project: ProjectOption = DEFAULT_PROJECT,
     format_name: Annotated[str | None, typer.Option("--format", help="The files' format, when it cannot be told from them.")] = None,
@@ -62,12 +68,18 @@ def ingest(
 
 
 def _show_ingested(reports: list[IngestReport], *, as_json: bool) -> None:
+    from loraloop.importers.ingest import SIDE_FILE
+
     for report in reports:
         for refusal in report.refusals:
             err().print(f"refused {refusal.reason}: {visible(refusal.detail)}", markup=False)
         hidden = sum(report.refused.values()) - len(report.refusals)
         if hidden > 0:
             err().print(f"… and {hidden} more in {report.path}", markup=False)
+    aside = Counter(Path(report.path).name for report in reports if report.format == SIDE_FILE)
+    if aside:
+        err().print(f"left aside what harnesses write beside their runs: {by_reason(aside)}", markup=False)
     if not as_json:
+        reports = [report for report in reports if report.format != SIDE_FILE]
         rows = [[r.path, r.format, str(r.read), str(r.stored), str(r.duplicates), by_reason(r.refused)] for r in reports]
         show_table("", ["file", "format", "read", "stored", "already there", "refused"], rows)

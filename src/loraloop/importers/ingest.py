@@ -6,7 +6,6 @@ Every entry read is stored, a duplicate, or refused for a reason; the three alwa
 
 from __future__ import annotations
 
-import difflib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
@@ -17,6 +16,8 @@ from pydantic import Field, JsonValue
 from loraloop.episode import Episode, Frozen
 from loraloop.errors import ImportFailed
 from loraloop.importers.entry import shorten, with_content_id
+from loraloop.importers.sources import SIDE_FILES, Found, search
+from loraloop.importers.unpacking import Plain, open_plain
 from loraloop.plugins import EpisodeStore, Importer, find, list_names
 from loraloop.training_data import Refusal
 
@@ -26,8 +27,8 @@ BATCH_ENTRIES = 200
 """How many entries are read before their episodes are stored together."""
 MAX_REFUSALS = 20
 """How many refusals a report keeps in full; all are counted."""
-SUFFIXES = (".json", ".jsonl", ".traj", ".eval")
-"""The files that a directory is searched for."""
+SIDE_FILE = "side-file"
+"""The format of what is left aside in a searched folder, and counted only."""
 
 
 class IngestReport(Frozen):
@@ -63,13 +64,29 @@ def ingest_file(
     `on_progress(entries read, entries in all or None)` is called after every batch. Raises ImportFailed when the file as a whole
     cannot be read, SettingsError for an unknown `format_name`; batches stored before stay, and ingesting again goes on from there.
     """
-    importer: Importer = find("importers", format_name)() if format_name else detect(path)
-    total = importer.count(path) if on_progress else None
+    with open_plain(path) as plain:
+        try:
+            return ingest_plain(store, plain, format_name, on_progress, license_name=license_name)
+        except ImportFailed as error:
+            raise ImportFailed(plain.rename(str(error)), error.reason) from error
+
+
+def ingest_plain(
+    store: EpisodeStore,
+    plain: Plain,
+    format_name: str | None = None,
+    on_progress: Callable[[int, int | None], None] | None = None,
+    *,
+    license_name: str | None = None,
+) -> IngestReport:
+    """`ingest_file` of a file that is plain already."""
+    importer: Importer = find("importers", format_name)() if format_name else detect(plain.path)
+    total = importer.count(plain.path) if on_progress else None
     stored = Counter[bool]()
     refusals: list[Refusal] = []
     refused = Counter[str]()
     n_read = 0
-    for batch in _iter_batches(importer.read(path)):
+    for batch in _iter_batches(_iter_all(importer, plain)):
         episodes = [with_license(entry, license_name) for entry in batch if isinstance(entry, Episode)]
         stored.update(store.append_many(episodes))
         new = [entry for entry in batch if isinstance(entry, Refusal)]
@@ -79,7 +96,7 @@ def ingest_file(
         if on_progress:
             on_progress(n_read, total)
     return IngestReport(
-        path=str(path),
+        path=plain.name,
         format=importer.name,
         read=n_read,
         stored=stored[True],
@@ -99,10 +116,22 @@ def with_license(episode: Episode, name: str | None) -> Episode:
 
 
 def refuse_file(path: Path, error: ImportFailed) -> IngestReport:
-    """The report of a file that cannot be read as episodes: one entry, refused as `unreadable_file` with what `error` says first."""
-    detail = f"{str(error).splitlines()[0]}; if nothing in it is to be learned, leave the file out"
-    refusal = Refusal(reason="unreadable_file", detail=detail)
+    """The report of a file that cannot be read as episodes: one entry, refused for the `reason` of `error` with what it says first."""
+    said = str(error).splitlines()[0]
+    advice = "" if "; do this: " in said else "; if nothing in it is to be learned, leave the file out"
+    refusal = Refusal(reason=error.reason, detail=said + advice)
     return IngestReport(path=str(path), format="unknown", read=1, refused={refusal.reason: 1}, refusals=(refusal,))
+
+
+def find_side_file(found: Found) -> IngestReport | None:
+    """The report of a file that a search found and that is no run, but what a harness writes beside its runs; else None."""
+    if found.is_named or found.problem or found.path.name not in SIDE_FILES:
+        return None
+    try:
+        detect(found.path)
+    except ImportFailed:
+        return IngestReport(path=str(found.path), format=SIDE_FILE)
+    return None
 
 
 def detect(path: Path) -> Importer:
@@ -123,32 +152,16 @@ def detect(path: Path) -> Importer:
 
 
 def iter_files(paths: Iterable[Path]) -> list[Path]:
-    """The files among and under `paths`, each once: a file as given, a directory's files with one of `SUFFIXES` at any depth, sorted.
-
-    Raises ImportFailed for a path that is not there, with the names near to it, and for a directory without such files.
-    """
-    files: dict[Path, Path] = {}
-    for path in paths:
-        for file in _list_directory(path) if path.is_dir() else [_existing(path)]:
-            files.setdefault(file.resolve(), file)
-    return list(files.values())
+    """The files among and under `paths` that can be read, each once (see `search`)."""
+    return [found.path for found in search(paths) if found.problem is None]
 
 
-def _list_directory(path: Path) -> list[Path]:
-    found = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
-    if not found:
-        raise ImportFailed(f"{path}: no file *{' or *'.join(SUFFIXES)} in it or below; name the files themselves")
-    return found
-
-
-def _existing(path: Path) -> Path:
-    if path.exists():
-        return path
-    if not path.parent.is_dir():
-        raise ImportFailed(f"{path}: not found; there is no directory {path.parent}")
-    near = difflib.get_close_matches(path.name, [other.name for other in path.parent.iterdir()], n=3)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"look at what is in {path.parent}"
-    raise ImportFailed(f"{path}: not found; {hint}")
+def _iter_all(importer: Importer, plain: Plain) -> Iterator[Episode | Refusal]:
+    """The entries as messages should name them, and last what is missing of a packed file."""
+    for entry in importer.read(plain.path):
+        yield entry.model_copy(update={"detail": plain.rename(entry.detail)}) if isinstance(entry, Refusal) else entry
+    if plain.problem is not None:
+        yield plain.problem
 
 
 def _iter_batches(entries: Iterator[Episode | Refusal]) -> Iterator[list[Episode | Refusal]]:
