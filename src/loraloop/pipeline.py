@@ -24,6 +24,7 @@ from loraloop.dataset import Dataset, DatasetSettings, freeze
 from loraloop.episode import EpisodeFilter
 from loraloop.errors import ImportFailed, SettingsError
 from loraloop.files import write_atomic
+from loraloop.importers.follow import Follower
 from loraloop.importers.ingest import IngestReport, find_side_file, ingest_file, refuse_file
 from loraloop.importers.sources import search
 from loraloop.lora.config import LoraTrainerConfig, TrainOptions
@@ -61,6 +62,22 @@ def ingest(
                 raise
             report = refuse_file(path, error)
         yield report
+
+
+def follow(
+    store: EpisodeStore,
+    paths: Sequence[Path],
+    state: Path,
+    wait: Callable[[], bool],
+    *,
+    format_name: str | None = None,
+    license_name: str | None = None,
+) -> Iterator[IngestReport]:
+    """Read what is new in growing JSON Lines files, a report a piece, until `wait`, called when there is nothing new, says False.
+
+    `state` keeps up to where each was read. Raises ImportFailed for a path that is not there.
+    """
+    return Follower(store, list(paths), state, format_name, license_name).run(wait)
 
 
 def build(

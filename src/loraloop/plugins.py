@@ -150,6 +150,13 @@ class Importer(Protocol):
         ...
 
 
+@runtime_checkable
+class LineImporter(Importer, Protocol):
+    """An importer of a format whose lines stand for themselves, so that a file can be read while it grows."""
+
+    lines_stand_alone: ClassVar[Literal[True]]
+
+
 def list_names(kind: PluginKind) -> list[str]:
     """The names that `find` knows, sorted."""
     return sorted({point.name for point in _entry_points(kind)})

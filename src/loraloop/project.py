@@ -1,7 +1,7 @@
 """A project: one directory that holds everything, and one method per verb.
 
 `episodes.db` is the episode store, `datasets/<id>/` are frozen datasets, `runs/<id>/` training files and logs, `models/<id>/`
-adapters and their records.
+adapters and their records. `followed.json` keeps up to where growing files were read.
 """
 
 from __future__ import annotations
@@ -58,6 +58,18 @@ class Project:
     ) -> Iterator[IngestReport]:
         """Read files into the store, one report each."""
         return pipeline.ingest(self.store, paths, format_name, on_progress, license_name=license_name)
+
+    def follow(
+        self,
+        paths: Sequence[Path],
+        wait: Callable[[], bool],
+        *,
+        format_name: str | None = None,
+        license_name: str | None = None,
+    ) -> Iterator[IngestReport]:
+        """Read what is new in growing files into the store, until `wait`, called when there is nothing new, says False."""
+        state = self.directory / "followed.json"
+        return pipeline.follow(self.store, paths, state, wait, format_name=format_name, license_name=license_name)
 
     def build(
         self,

@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, cast
+from typing import ClassVar, Literal, cast
 
 from pydantic import JsonValue
 
@@ -45,6 +45,7 @@ class AtifImporter:
 
     name: ClassVar[str] = "atif"
     description: ClassVar[str] = 'ATIF trajectories, also in Harbor\'s trial folders: {"schema_version": "ATIF-v1.x", "agent", "steps"}'
+    lines_stand_alone: ClassVar[Literal[True]] = True
 
     def detect(self, path: Path, head: str) -> bool:  # noqa: ARG002 - the content tells, whatever the name
         """True when a `schema_version` of ATIF stands in the head."""

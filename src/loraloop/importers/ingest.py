@@ -49,6 +49,12 @@ class IngestReport(Frozen):
         """The counts, for `--json`: path, format, read, stored, duplicates, refused."""
         return self.model_dump(mode="json", exclude={"refusals"})
 
+    def plus(self, other: IngestReport) -> IngestReport:
+        """Both as one, of two pieces of one file."""
+        sums = {name: getattr(self, name) + getattr(other, name) for name in ("read", "stored", "duplicates")}
+        refused = dict(sorted((Counter(self.refused) + Counter(other.refused)).items()))
+        return self.model_copy(update={**sums, "refused": refused, "refusals": (self.refusals + other.refusals)[:MAX_REFUSALS]})
+
 
 def ingest_file(
     store: EpisodeStore,

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from loraloop.episode import AnyOutcome, Episode, EpisodeMetadata, Failure, Message, Success, Timeout, Unknown
 from loraloop.importers.entry import (
@@ -45,6 +45,7 @@ class InterCodeImporter:
 
     name: ClassVar[str] = "intercode"
     description: ClassVar[str] = 'InterCode results: a JSON list of {"environment", "task_id", "query", "turn_history", "summary"}'
+    lines_stand_alone: ClassVar[Literal[True]] = True
 
     def detect(self, path: Path, head: str) -> bool:  # noqa: ARG002 - the content tells, whatever the name
         """True for objects with `turn_history`, whether in a list or by key."""

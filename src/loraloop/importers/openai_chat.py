@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import ClassVar, cast
+from typing import ClassVar, Literal, cast
 
 from pydantic import JsonValue
 
@@ -41,6 +41,7 @@ class OpenAIChatImporter:
 
     name: ClassVar[str] = "openai"
     description: ClassVar[str] = 'OpenAI chat data: JSON Lines or a JSON list of {"messages": [...], "tools": [...]}'
+    lines_stand_alone: ClassVar[Literal[True]] = True
 
     def detect(self, path: Path, head: str) -> bool:
         """True for objects with `messages` on their first level, and for an empty `.jsonl`, which is data with no lines."""
