@@ -28,7 +28,7 @@ from loraloop.importers.entry import (
     show,
     to_tags,
 )
-from loraloop.importers.json_input import iter_entries, load_document, opening_keys
+from loraloop.importers.json_input import is_list, iter_entries, iter_list, load_document, opening_keys
 from loraloop.importers.react import begins_with_observation
 from loraloop.training_data import Refusal
 
@@ -62,11 +62,11 @@ class InterCodeImporter:
 
 
 def _iter_runs(path: Path) -> Iterator[Entry]:
-    document = load_document(path) if path.suffix.lower() == ".json" else None
+    document = load_document(path) if path.suffix.lower() == ".json" and not is_list(path) else None
     if isinstance(document, dict) and "turn_history" not in document:
         yield from (Entry(f"entry {number} ({show(key)})", run) for number, (key, run) in enumerate(document.items(), 1))
-    elif isinstance(document, list):
-        yield from (Entry(f"entry {number}", run) for number, run in enumerate(document, 1))
+    elif document is None and is_list(path):
+        yield from iter_list(path)
     else:
         yield from iter_entries(path)
 
