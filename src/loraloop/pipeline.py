@@ -26,6 +26,7 @@ from loraloop.errors import ImportFailed, SettingsError
 from loraloop.files import write_atomic
 from loraloop.importers.follow import Follower
 from loraloop.importers.ingest import IngestReport, find_side_file, ingest_file, refuse_file
+from loraloop.importers.scores import ScoreRule
 from loraloop.importers.sources import search
 from loraloop.lora.config import LoraTrainerConfig, TrainOptions
 from loraloop.lora.model import TrainedModel
@@ -43,6 +44,7 @@ def ingest(
     on_progress: Callable[[Path, int, int | None], None] = lambda path, done, total: None,
     *,
     license_name: str | None = None,
+    score_rule: ScoreRule | None = None,
 ) -> Iterator[IngestReport]:
     """Read every file under `paths`, which may be patterns and `-`, into `store`; gives one report a file.
 
@@ -56,7 +58,7 @@ def ingest(
             if found.problem:
                 raise found.problem
             told: Callable[[int, int | None], None] = lambda done, total, path=path: on_progress(path, done, total)  # type: ignore[misc]  # noqa: E731
-            report = find_side_file(found) or ingest_file(store, path, format_name, told, license_name=license_name)
+            report = find_side_file(found) or ingest_file(store, path, format_name, told, license_name=license_name, score_rule=score_rule)
         except ImportFailed as error:
             if len(files) == 1:
                 raise
@@ -72,12 +74,13 @@ def follow(
     *,
     format_name: str | None = None,
     license_name: str | None = None,
+    score_rule: ScoreRule | None = None,
 ) -> Iterator[IngestReport]:
     """Read what is new in growing JSON Lines files, a report a piece, until `wait`, called when there is nothing new, says False.
 
     `state` keeps up to where each was read. Raises ImportFailed for a path that is not there.
     """
-    return Follower(store, list(paths), state, format_name, license_name).run(wait)
+    return Follower(store, list(paths), state, format_name, license_name, score_rule).run(wait)
 
 
 def build(

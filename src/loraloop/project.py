@@ -18,6 +18,7 @@ from loraloop.dataset import Dataset, DatasetSettings, list_datasets, list_folde
 from loraloop.episode import CONVERSATION, EpisodeFilter
 from loraloop.errors import DatasetError, StoreError
 from loraloop.importers.ingest import IngestReport
+from loraloop.importers.scores import ScoreRule
 from loraloop.lora.config import LoraTrainerConfig, TrainOptions
 from loraloop.lora.model import LoraModelId, TrainedModel
 from loraloop.lora.registry import LoraModelRegistry
@@ -55,9 +56,10 @@ class Project:
         on_progress: Callable[[Path, int, int | None], None] = lambda path, done, total: None,
         *,
         license_name: str | None = None,
+        score_rule: ScoreRule | None = None,
     ) -> Iterator[IngestReport]:
         """Read files into the store, one report each."""
-        return pipeline.ingest(self.store, paths, format_name, on_progress, license_name=license_name)
+        return pipeline.ingest(self.store, paths, format_name, on_progress, license_name=license_name, score_rule=score_rule)
 
     def follow(
         self,
@@ -66,10 +68,11 @@ class Project:
         *,
         format_name: str | None = None,
         license_name: str | None = None,
+        score_rule: ScoreRule | None = None,
     ) -> Iterator[IngestReport]:
         """Read what is new in growing files into the store, until `wait`, called when there is nothing new, says False."""
         state = self.directory / "followed.json"
-        return pipeline.follow(self.store, paths, state, wait, format_name=format_name, license_name=license_name)
+        return pipeline.follow(self.store, paths, state, wait, format_name=format_name, license_name=license_name, score_rule=score_rule)
 
     def build(
         self,

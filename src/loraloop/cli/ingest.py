@@ -6,7 +6,7 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -42,6 +42,11 @@ def ingest(
         str | None,
         typer.Option("--license", help="Their licence or terms, such as MIT, or own for runs of your own; kept with each episode."),
     ] = None,
+    score: Annotated[
+        str | None, typer.Option(metavar="KEY[.SUBKEY]", help="Which score counts, such as reward.correct; else what the format says.")
+    ] = None,
+    scale: Annotated[str | None, typer.Option(metavar="LOW..HIGH", help="The scale that the score is on; 0..1 with --score.")] = None,
+    success_from: Annotated[float | None, typer.Option(help="The least score of a success; the top of the scale without it.")] = None,
     is_followed: Annotated[
         bool, typer.Option("--follow", help="Go on with what is written to JSON Lines files, until Ctrl-C; a restart goes on from there.")
     ] = False,
@@ -49,8 +54,12 @@ def ingest(
     as_json: JsonOption = False,
 ) -> None:
     """Read recorded runs into the project's episode store. Reading a file again stores nothing twice."""
+    from loraloop.importers.scores import ScoreRule
+
+    rule = ScoreRule.parse(score, scale, success_from)
+    told: dict[str, Any] = {"format_name": format_name, "license_name": license_name, "score_rule": rule}
     if is_followed or follow_for is not None:
-        _follow(project, paths, format_name, license_name, seconds=follow_for, as_json=as_json)
+        _follow(project, paths, told, seconds=follow_for, as_json=as_json)
         return
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
@@ -66,7 +75,7 @@ def ingest(
                 tasks[path] = bars.add_task(path.name, total=total)
             bars.update(tasks[path], completed=done, total=total)
 
-        for report in opened.ingest(paths, format_name, on_progress, license_name=license_name):
+        for report in opened.ingest(paths, on_progress=on_progress, **told):
             reports.append(report)
             on_progress(Path(report.path), report.read, report.read)  # how many there were may only be known at the end
             if as_json:
@@ -85,9 +94,7 @@ def _end(reports: list[IngestReport], license_name: str | None, project: Path) -
     show_next("loraloop build" if license_name else "loraloop build --unknown-license allow", project)
 
 
-def _follow(
-    project: Path, paths: list[Path], format_name: str | None, license_name: str | None, *, seconds: float | None, as_json: bool
-) -> None:
+def _follow(project: Path, paths: list[Path], told: dict[str, Any], *, seconds: float | None, as_json: bool) -> None:
     """Read what is new until Ctrl-C or for `seconds`, a line on standard error for every piece, then the sums."""
     from loraloop.project import Project
 
@@ -103,14 +110,14 @@ def _follow(
     err().print(f"following {len(paths)} paths; Ctrl-C ends it" if seconds is None else f"following for {seconds:g} s", markup=False)
     with Project(project) as opened:
         try:
-            for report in opened.follow(paths, wait, format_name=format_name, license_name=license_name):
+            for report in opened.follow(paths, wait, **told):
                 _show_piece(report, as_json=as_json)
                 sums[report.path] = sums[report.path].plus(report) if report.path in sums else report
         except KeyboardInterrupt:  # the way to end it; what was read is stored, and its place kept
             err().print("no longer followed; the same command goes on from here", markup=False)
     if not as_json:
         _show_ingested([report.model_copy(update={"refusals": ()}) for report in sums.values()], as_json=False)
-    show_next("loraloop build" if license_name else "loraloop build --unknown-license allow", project)
+    show_next("loraloop build" if told["license_name"] else "loraloop build --unknown-license allow", project)
 
 
 def _show_piece(report: IngestReport, *, as_json: bool) -> None:
@@ -137,5 +144,5 @@ def _show_ingested(reports: list[IngestReport], *, as_json: bool) -> None:
         err().print(f"left aside what harnesses write beside their runs: {by_reason(aside)}", markup=False)
     if not as_json:
         reports = [report for report in reports if report.format != SIDE_FILE]
-        rows = [[r.path, r.format, str(r.read), str(r.stored), str(r.duplicates), by_reason(r.refused)] for r in reports]
-        show_table("", ["file", "format", "read", "stored", "already there", "refused"], rows)
+        rows = [[r.path, r.format, str(r.read), str(r.stored), str(r.duplicates), by_reason(r.refused), r.scores] for r in reports]
+        show_table("", ["file", "format", "read", "stored", "already there", "refused", "scores"], rows)

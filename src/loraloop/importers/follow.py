@@ -25,6 +25,7 @@ from loraloop.episode import Frozen
 from loraloop.errors import ImportFailed
 from loraloop.files import write_json
 from loraloop.importers.ingest import IngestReport, detect, find_side_file, ingest_plain, refuse_file
+from loraloop.importers.scores import ScoreRule
 from loraloop.importers.sources import Found, search
 from loraloop.importers.unpacking import Plain, mirror
 from loraloop.plugins import EpisodeStore, Importer, LineImporter, find
@@ -62,6 +63,7 @@ class Follower:
     state: Path
     format_name: str | None = None
     license_name: str | None = None
+    score_rule: ScoreRule | None = None
     positions: dict[str, Position] = field(default_factory=dict)
     formats: dict[Path, str] = field(default_factory=dict)
     told: set[Path] = field(default_factory=set)
@@ -176,7 +178,7 @@ class Follower:
             target.write_bytes(piece)
             plain = Plain(target, str(path), Path(made), first_line)
             try:
-                return ingest_plain(self.store, plain, self.formats[path], license_name=self.license_name)
+                return ingest_plain(self.store, plain, self.formats[path], license_name=self.license_name, score_rule=self.score_rule)
             except ImportFailed as error:
                 raise ImportFailed(plain.rename(str(error)), error.reason) from error
 

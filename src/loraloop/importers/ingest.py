@@ -15,10 +15,11 @@ from pydantic import Field, JsonValue
 
 from loraloop.episode import Episode, Frozen
 from loraloop.errors import ImportFailed
-from loraloop.importers.entry import shorten, with_content_id
+from loraloop.importers.entry import EntryRefused, shorten, with_content_id
+from loraloop.importers.scores import ScoreRule, describe, score_of
 from loraloop.importers.sources import SIDE_FILES, Found, search
 from loraloop.importers.unpacking import Plain, open_plain
-from loraloop.plugins import EpisodeStore, Importer, find, list_names
+from loraloop.plugins import EpisodeStore, Importer, ScoredImporter, find, list_names
 from loraloop.training_data import Refusal
 
 HEAD_BYTES = 64 * 1024
@@ -44,9 +45,11 @@ class IngestReport(Frozen):
     """Counts by reason, reasons sorted."""
     refusals: tuple[Refusal, ...] = ()
     """The first of them, with place and advice."""
+    scores: str = ""
+    """The score that was declared to count, or the range of those that were taken as recorded."""
 
     def to_json(self) -> dict[str, JsonValue]:
-        """The counts, for `--json`: path, format, read, stored, duplicates, refused."""
+        """The counts, for `--json`: path, format, read, stored, duplicates, refused, scores."""
         return self.model_dump(mode="json", exclude={"refusals"})
 
     def plus(self, other: IngestReport) -> IngestReport:
@@ -63,16 +66,18 @@ def ingest_file(
     on_progress: Callable[[int, int | None], None] | None = None,
     *,
     license_name: str | None = None,
+    score_rule: ScoreRule | None = None,
 ) -> IngestReport:
     """Take every entry of `path` into `store` and say what became of each.
 
-    The format is told from the file unless `format_name` says it. An episode without the tag `license` gets `license_name`.
+    The format is told from the file unless `format_name` says it. An episode without the tag `license` gets `license_name`,
+    and with `score_rule` its outcome is what that score says.
     `on_progress(entries read, entries in all or None)` is called after every batch. Raises ImportFailed when the file as a whole
     cannot be read, SettingsError for an unknown `format_name`; batches stored before stay, and ingesting again goes on from there.
     """
     with open_plain(path) as plain:
         try:
-            return ingest_plain(store, plain, format_name, on_progress, license_name=license_name)
+            return ingest_plain(store, plain, format_name, on_progress, license_name=license_name, score_rule=score_rule)
         except ImportFailed as error:
             raise ImportFailed(plain.rename(str(error)), error.reason) from error
 
@@ -84,6 +89,7 @@ def ingest_plain(
     on_progress: Callable[[int, int | None], None] | None = None,
     *,
     license_name: str | None = None,
+    score_rule: ScoreRule | None = None,
 ) -> IngestReport:
     """`ingest_file` of a file that is plain already."""
     importer: Importer = find("importers", format_name)() if format_name else detect(plain.path)
@@ -91,9 +97,11 @@ def ingest_plain(
     stored = Counter[bool]()
     refusals: list[Refusal] = []
     refused = Counter[str]()
+    scores: set[float] = set()
     n_read = 0
-    for batch in _iter_batches(_iter_all(importer, plain)):
+    for batch in _iter_batches(_iter_all(importer, plain, score_rule)):
         episodes = [with_license(entry, license_name) for entry in batch if isinstance(entry, Episode)]
+        scores = _range(scores | {score for episode in episodes if (score := score_of(episode.outcome)) is not None})
         stored.update(store.append_many(episodes))
         new = [entry for entry in batch if isinstance(entry, Refusal)]
         refused.update(refusal.reason for refusal in new)
@@ -109,6 +117,7 @@ def ingest_plain(
         duplicates=stored[False],
         refused=dict(sorted(refused.items())),
         refusals=tuple(refusals),
+        scores=describe(score_rule, scores),
     )
 
 
@@ -162,10 +171,22 @@ def iter_files(paths: Iterable[Path]) -> list[Path]:
     return [found.path for found in search(paths) if found.problem is None]
 
 
-def _iter_all(importer: Importer, plain: Plain) -> Iterator[Episode | Refusal]:
-    """The entries as messages should name them, and last what is missing of a packed file."""
-    for entry in importer.read(plain.path):
-        yield entry.model_copy(update={"detail": plain.rename(entry.detail)}) if isinstance(entry, Refusal) else entry
+def _iter_all(importer: Importer, plain: Plain, rule: ScoreRule | None) -> Iterator[Episode | Refusal]:
+    """The entries judged by `rule` and as messages should name them, and last what is missing of a packed file."""
+    entries = importer.read(plain.path)
+    if rule is not None and rule.top_key is not None and isinstance(importer, ScoredImporter):
+        entries = importer.read_scored(plain.path, rule.top_key)
+    for number, entry in enumerate(entries, 1):
+        if isinstance(entry, Refusal):
+            yield entry.model_copy(update={"detail": plain.rename(entry.detail)})
+        elif rule is None:
+            yield entry
+        else:
+            try:
+                judged: Episode | Refusal = rule.apply(entry)
+            except EntryRefused as error:
+                judged = Refusal(reason=error.reason, detail=f"{plain.name}, number {number}: {error}")
+            yield judged
     if plain.problem is not None:
         yield plain.problem
 
@@ -173,3 +194,8 @@ def _iter_all(importer: Importer, plain: Plain) -> Iterator[Episode | Refusal]:
 def _iter_batches(entries: Iterator[Episode | Refusal]) -> Iterator[list[Episode | Refusal]]:
     while batch := list(islice(entries, BATCH_ENTRIES)):
         yield batch
+
+
+def _range(scores: set[float]) -> set[float]:
+    """The least and the greatest."""
+    return {min(scores), max(scores)} if scores else set()

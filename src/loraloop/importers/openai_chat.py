@@ -64,19 +64,24 @@ class OpenAIChatImporter:
         """One Episode or Refusal for each line that is not blank, in order. Raises ImportFailed for an unreadable file."""
         return convert_entries(path, iter_entries(path), _to_episode)
 
+    def read_scored(self, path: Path, key: str) -> Iterator[Episode | Refusal]:
+        """`read` of lines whose `key` says how they ended: they need not be demonstrations, and it becomes a tag."""
+        return convert_entries(path, iter_entries(path), lambda row: _to_episode(row, key))
 
-def _to_episode(row: object) -> Episode:
+
+def _to_episode(row: object, score_key: str | None = None) -> Episode:
     if not isinstance(row, dict) or "messages" not in row:
         keys = f"keys {show(sorted(row))}" if isinstance(row, dict) else show(row)
         raise EntryRefused("bad_shape", keys, "an object with `messages`", "write one conversation a line, or give its --format")
     weight = _find_weight(row.get("weight"))
     require_clean({key: value for key, value in row.items() if key != "weight"})
-    _require_demonstration(row)
+    _require_demonstration(row if score_key is None else {key: value for key, value in row.items() if key != score_key})
     tools, n_keys = without_padding(take_tools(row.get("tools"), row.get("functions")))
     raw, n_arguments = without_padded_arguments(row["messages"], tools)
     taken = take_messages(raw, "messages")
     require_own_words(taken.messages)
-    _require_no_failed_end(taken.messages)
+    if score_key is None:
+        _require_no_failed_end(taken.messages)
     extra, ignored = _other_keys(row)
     task_id = _find_task_id(row)
     notes = {"decoded_arguments": taken.n_decoded, "padded_keys_removed": n_keys + n_arguments}
