@@ -12,8 +12,10 @@ stages meet.
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TextIO
 
 from loraloop.base_model import load_tokenizer, resolve_base
 from loraloop.chat.rows import ACCEPTED
@@ -24,6 +26,7 @@ from loraloop.dataset import Dataset, DatasetSettings, freeze
 from loraloop.episode import EpisodeFilter
 from loraloop.errors import ImportFailed, SettingsError
 from loraloop.files import write_atomic
+from loraloop.importers import export as write_export
 from loraloop.importers.follow import Follower
 from loraloop.importers.ingest import IngestReport, find_side_file, ingest_file, refuse_file
 from loraloop.importers.scores import ScoreRule
@@ -81,6 +84,14 @@ def follow(
     `state` keeps up to where each was read. Raises ImportFailed for a path that is not there.
     """
     return Follower(store, list(paths), state, format_name, license_name, score_rule).run(wait)
+
+
+def export(store: EpisodeStore, target: Path | TextIO, format_name: str, episode_filter: EpisodeFilter | None = None) -> Counter[str]:
+    """Write the episodes that pass the filter, as lines; counts by outcome, and of those left out. Raises SettingsError."""
+    episodes = store.iter_episodes(episode_filter)
+    if isinstance(target, Path):
+        return write_export.export_file(episodes, target, format_name)
+    return write_export.export(episodes, target, format_name)
 
 
 def build(

@@ -6,10 +6,11 @@ adapters and their records. `followed.json` keeps up to where growing files were
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TextIO
 
 from loraloop import pipeline
 from loraloop.chat.rows import ACCEPTED
@@ -73,6 +74,10 @@ class Project:
         """Read what is new in growing files into the store, until `wait`, called when there is nothing new, says False."""
         state = self.directory / "followed.json"
         return pipeline.follow(self.store, paths, state, wait, format_name=format_name, license_name=license_name, score_rule=score_rule)
+
+    def export(self, target: Path | TextIO, format_name: str = "openai", episode_filter: EpisodeFilter | None = None) -> Counter[str]:
+        """Write episodes to a file as OpenAI chat lines or ATIF trajectories; counts by outcome. Raises SettingsError."""
+        return pipeline.export(self.store, target, format_name, episode_filter)
 
     def build(
         self,

@@ -15,7 +15,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from loraloop.cli import browse, build, ingest, runs, train
+from loraloop.cli import browse, build, export, ingest, runs, train
 from loraloop.errors import LoraLoopError
 
 app = typer.Typer(
@@ -31,7 +31,7 @@ app = typer.Typer(
     "loraloop runs watch latest      how a training goes, from any terminal\n"
     "loraloop models list            what has been trained",
 )
-for command in (ingest, build, train, runs, browse):
+for command in (ingest, build, train, runs, browse, export):
     command.register(app)
 
 

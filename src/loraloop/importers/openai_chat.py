@@ -17,6 +17,7 @@ from loraloop.episode import Episode, EpisodeMetadata, Failure, Message, Success
 from loraloop.files import canonical_json
 from loraloop.importers.anthropic import is_anthropic
 from loraloop.importers.entry import EntryRefused, convert_entries, find_finite, ignored_tag, require_clean, show
+from loraloop.importers.exported import KEY, Exported
 from loraloop.importers.json_input import count_entries, iter_entries, opening_keys
 from loraloop.importers.null_padding import without_padded_arguments, without_padding
 from loraloop.importers.openai_calls import is_call_log
@@ -73,6 +74,8 @@ def _to_episode(row: object, score_key: str | None = None) -> Episode:
     if not isinstance(row, dict) or "messages" not in row:
         keys = f"keys {show(sorted(row))}" if isinstance(row, dict) else show(row)
         raise EntryRefused("bad_shape", keys, "an object with `messages`", "write one conversation a line, or give its --format")
+    if KEY in row:
+        return _restore(row)
     weight = _find_weight(row.get("weight"))
     require_clean({key: value for key, value in row.items() if key != "weight"})
     _require_demonstration(row if score_key is None else {key: value for key, value in row.items() if key != score_key})
@@ -97,6 +100,13 @@ def _to_episode(row: object, score_key: str | None = None) -> Episode:
         outcome=Success(1.0),
         metadata=EpisodeMetadata(tags=dict(sorted(tags.items()))),
     )
+
+
+def _restore(row: dict[str, object]) -> Episode:
+    """An episode that `loraloop export` wrote."""
+    require_clean(row)
+    tools = cast("tuple[dict[str, JsonValue], ...]", take_tools(row.get("tools")))
+    return Exported.parse(row[KEY]).restore(take_messages(row["messages"], "messages").messages, tools)
 
 
 def require_own_words(messages: Sequence[Message]) -> None:
