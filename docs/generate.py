@@ -29,6 +29,7 @@ COMMANDS = [
     ["train"],
     *([noun, verb] for noun in ("episodes", "datasets", "models") for verb in ("list", "show")),
     ["models", "delete"],
+    ["export"],
 ]
 
 

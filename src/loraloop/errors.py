@@ -38,7 +38,11 @@ class SettingsError(LoraLoopError, ValueError):
 
 
 class ImportFailed(LoraLoopError, ValueError):
-    """A file cannot be read as episodes at all; single bad lines are refusals, not errors."""
+    """A file cannot be read as episodes at all; single bad lines are refusals, not errors. `reason` is the code that it counts under."""
+
+    def __init__(self, message: str, reason: str = "unreadable_file") -> None:
+        self.reason = reason
+        super().__init__(message)
 
 
 class StoreError(LoraLoopError):

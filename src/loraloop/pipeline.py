@@ -12,8 +12,10 @@ stages meet.
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TextIO
 
 from loraloop.base_model import load_tokenizer, resolve_base
 from loraloop.chat.rows import ACCEPTED
@@ -24,7 +26,11 @@ from loraloop.dataset import Dataset, DatasetSettings, freeze
 from loraloop.episode import EpisodeFilter
 from loraloop.errors import ImportFailed, SettingsError
 from loraloop.files import write_atomic
-from loraloop.importers.ingest import IngestReport, ingest_file, iter_files, refuse_file
+from loraloop.importers import export as write_export
+from loraloop.importers.follow import Follower
+from loraloop.importers.ingest import IngestReport, find_side_file, ingest_file, refuse_file
+from loraloop.importers.scores import ScoreRule
+from loraloop.importers.sources import search
 from loraloop.lora.config import LoraTrainerConfig, TrainOptions
 from loraloop.lora.model import TrainedModel
 from loraloop.lora.plain_thread import run_in_plain_thread
@@ -41,23 +47,54 @@ def ingest(
     on_progress: Callable[[Path, int, int | None], None] = lambda path, done, total: None,
     *,
     license_name: str | None = None,
+    score_rule: ScoreRule | None = None,
     readmit: bool = False,
 ) -> Iterator[IngestReport]:
-    """Read every file under `paths` into `store`; gives one report a file. Episodes that say no terms get `license_name`.
+    """Read every file under `paths`, which may be patterns and `-`, into `store`; gives one report a file.
 
-    Among several files, one that cannot be read as episodes is refused as a whole, so that it costs none of the others. Raises
-    ImportFailed when it is the only one, and for a path that is not there.
+    Episodes that say no terms get `license_name`. Among several files, one that cannot be read as episodes is refused as a whole, so
+    that it costs none of the others. Raises ImportFailed when it is the only one, and for a path that is not there.
     """
-    files = iter_files(paths)
-    for path in files:
+    files = search(paths)
+    for found in files:
+        path = found.path
         try:
+            if found.problem:
+                raise found.problem
             told: Callable[[int, int | None], None] = lambda done, total, path=path: on_progress(path, done, total)  # type: ignore[misc]  # noqa: E731
-            report = ingest_file(store, path, format_name, told, license_name=license_name, readmit=readmit)
+            report = find_side_file(found) or ingest_file(
+                store, path, format_name, told, license_name=license_name, score_rule=score_rule, readmit=readmit
+            )
         except ImportFailed as error:
             if len(files) == 1:
                 raise
             report = refuse_file(path, error)
         yield report
+
+
+def follow(
+    store: EpisodeStore,
+    paths: Sequence[Path],
+    state: Path,
+    wait: Callable[[], bool],
+    *,
+    format_name: str | None = None,
+    license_name: str | None = None,
+    score_rule: ScoreRule | None = None,
+) -> Iterator[IngestReport]:
+    """Read what is new in growing JSON Lines files, a report a piece, until `wait`, called when there is nothing new, says False.
+
+    `state` keeps up to where each was read. Raises ImportFailed for a path that is not there.
+    """
+    return Follower(store, list(paths), state, format_name, license_name, score_rule).run(wait)
+
+
+def export(store: EpisodeStore, target: Path | TextIO, format_name: str, episode_filter: EpisodeFilter | None = None) -> Counter[str]:
+    """Write the episodes that pass the filter, as lines; counts by outcome, and of those left out. Raises SettingsError."""
+    episodes = store.iter_episodes(episode_filter)
+    if isinstance(target, Path):
+        return write_export.export_file(episodes, target, format_name)
+    return write_export.export(episodes, target, format_name)
 
 
 def build(

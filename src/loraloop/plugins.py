@@ -177,6 +177,22 @@ class Importer(Protocol):
         ...
 
 
+@runtime_checkable
+class LineImporter(Importer, Protocol):
+    """An importer of a format whose lines stand for themselves, so that a file can be read while it grows."""
+
+    lines_stand_alone: ClassVar[Literal[True]]
+
+
+@runtime_checkable
+class ScoredImporter(Importer, Protocol):
+    """An importer that refuses entries with a verdict of their own, unless it is told that this is what counts."""
+
+    def read_scored(self, path: Path, key: str) -> Iterator[Episode | Refusal]:
+        """`read`, with what stands under `key` kept as the tag of that name."""
+        ...
+
+
 def list_names(kind: PluginKind) -> list[str]:
     """The names that `find` knows, sorted."""
     return sorted({point.name for point in _entry_points(kind)})

@@ -1,16 +1,17 @@
 """A project: one directory that holds everything, and one method per verb.
 
 `episodes.db` is the episode store unless a URL names another, `datasets/<id>/` are frozen datasets, `runs/<id>/` training files and
-logs, `models/<id>/` adapters and their records.
+logs, `models/<id>/` adapters and their records. `followed.json` keeps up to where growing files were read.
 """
 
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TextIO
 
 from loraloop import pipeline, retention
 from loraloop.chat.rows import ACCEPTED
@@ -19,6 +20,7 @@ from loraloop.dataset import Dataset, DatasetSettings, list_datasets, list_folde
 from loraloop.episode import CONVERSATION, EpisodeFilter, Label
 from loraloop.errors import DatasetError, StoreError
 from loraloop.importers.ingest import IngestReport
+from loraloop.importers.scores import ScoreRule
 from loraloop.label import LabelReport, label_from
 from loraloop.lora.config import LoraTrainerConfig, TrainOptions
 from loraloop.lora.model import LoraModelId, TrainedModel
@@ -68,10 +70,12 @@ class Project:
         on_progress: Callable[[Path, int, int | None], None] = lambda path, done, total: None,
         *,
         license_name: str | None = None,
+        score_rule: ScoreRule | None = None,
         readmit: bool = False,
     ) -> Iterator[IngestReport]:
         """Read files into the store, one report each."""
-        return pipeline.ingest(self.store, paths, format_name, on_progress, license_name=license_name, readmit=readmit)
+        told = {"license_name": license_name, "score_rule": score_rule, "readmit": readmit}
+        return pipeline.ingest(self.store, paths, format_name, on_progress, **told)  # type: ignore[arg-type]
 
     def label(self, labels: Sequence[Label]) -> None:
         """Say how episodes ended; the newest label of each counts. Raises StoreError when one is not there: then none is added."""
@@ -88,6 +92,23 @@ class Project:
     def prune(self, before_ms: int, *, keep_used: bool = True, dry_run: bool = False) -> PruneReport:
         """Remove the episodes that were stored before a time, with `keep_used` none that anything was made from."""
         return retention.prune(self.store, before_ms, self._made() if keep_used else None, dry_run=dry_run)
+
+    def follow(
+        self,
+        paths: Sequence[Path],
+        wait: Callable[[], bool],
+        *,
+        format_name: str | None = None,
+        license_name: str | None = None,
+        score_rule: ScoreRule | None = None,
+    ) -> Iterator[IngestReport]:
+        """Read what is new in growing files into the store, until `wait`, called when there is nothing new, says False."""
+        state = self.directory / "followed.json"
+        return pipeline.follow(self.store, paths, state, wait, format_name=format_name, license_name=license_name, score_rule=score_rule)
+
+    def export(self, target: Path | TextIO, format_name: str = "openai", episode_filter: EpisodeFilter | None = None) -> Counter[str]:
+        """Write episodes to a file as OpenAI chat lines or ATIF trajectories; counts by outcome. Raises SettingsError."""
+        return pipeline.export(self.store, target, format_name, episode_filter)
 
     def build(
         self,

@@ -32,6 +32,7 @@ def test_an_account_of_every_entry_is_given(store, fixtures):
             "unanswered_tool_call": 1,
             "unpaired_tool_result": 1,
         },
+        "scores": "",
     }
     assert list(report.refused) == sorted(report.refused)
     assert json.loads(report.model_dump_json())["refusals"][0]["reason"] == "run_error"

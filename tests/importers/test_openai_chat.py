@@ -170,7 +170,7 @@ def test_a_file_without_entries_gives_none(write, content):
     assert read(write(content)) == []
 
 
-@pytest.mark.parametrize("content", [b"[{", b"[\n" + GOOD.encode() + b",\n", b"{\n", b"[\n\xff\n]", f"{{\n}}{GOOD}".encode()])
+@pytest.mark.parametrize("content", [b"[{", b"{\n", b"[\n\xff\n]", f"{{\n}}{GOOD}".encode()])
 def test_a_broken_document_cannot_be_imported(write, content):
     with pytest.raises(ImportFailed, match=r"found .*; expected one whole JSON document; do this: check that the file is complete"):
         read(write(content))

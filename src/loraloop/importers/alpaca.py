@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from loraloop.episode import Episode, EpisodeMetadata, Message, Success
 from loraloop.importers.entry import EntryRefused, convert_entries, require_clean, require_object, require_text, show, to_tags
@@ -28,6 +28,7 @@ class AlpacaImporter:
 
     name: ClassVar[str] = "alpaca"
     description: ClassVar[str] = 'Alpaca data: a JSON list of {"instruction", "input", "output"}'
+    lines_stand_alone: ClassVar[Literal[True]] = True
 
     def detect(self, path: Path, head: str) -> bool:  # noqa: ARG002 - the content tells, whatever the name
         """True for objects with `instruction` and `output`, or `instruction` and `input` where a long text hides the rest."""

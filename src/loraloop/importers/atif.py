@@ -15,15 +15,16 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, cast
+from typing import ClassVar, Literal, cast
 
 from pydantic import JsonValue
 
 from loraloop.episode import AnyOutcome, Episode, EpisodeMetadata, Failure, Success, Unknown
 from loraloop.importers.agent_turns import as_list, as_object, require_list, times_of, to_call, to_outcome, to_tools
 from loraloop.importers.entry import Entry, EntryRefused, convert_entries, require_clean, require_object, show, to_tags
+from loraloop.importers.exported import KEY, Exported
 from loraloop.importers.harbor import Trial, find_trial
-from loraloop.importers.json_input import iter_entries
+from loraloop.importers.json_input import iter_entries, opening_keys
 from loraloop.importers.openai_messages import take_messages
 from loraloop.training_data import Refusal
 
@@ -45,10 +46,12 @@ class AtifImporter:
 
     name: ClassVar[str] = "atif"
     description: ClassVar[str] = 'ATIF trajectories, also in Harbor\'s trial folders: {"schema_version": "ATIF-v1.x", "agent", "steps"}'
+    lines_stand_alone: ClassVar[Literal[True]] = True
 
     def detect(self, path: Path, head: str) -> bool:  # noqa: ARG002 - the content tells, whatever the name
-        """True when a `schema_version` of ATIF stands in the head."""
-        return _VERSION_KEY.search(head) is not None
+        """True when a `schema_version` of ATIF stands in the head, and not in lines of `messages`, which may quote one."""
+        is_chat = any("messages" in keys and "schema_version" not in keys for keys in opening_keys(head))
+        return _VERSION_KEY.search(head) is not None and not is_chat
 
     def count(self, path: Path) -> int | None:  # noqa: ARG002 - the same answer for every file
         """None: a trajectory may hold those of sub-agents."""
@@ -89,7 +92,11 @@ def _to_episode(value: object, path: Path) -> Episode:
     require_clean({key: part for key, part in run.items() if key != "subagent_trajectories"})
     agent = require_object(run["agent"], ("name",), "an agent with its name")
     steps = [require_object(step, ("source",), "a step with its source") for step in require_list(run["steps"], "steps")]
-    taken = take_messages([message for step in steps for message in _to_messages(step)], "messages")
+    exported = as_object(run.get("extra")).get(KEY)
+    taken = take_messages([message for step in steps for message in _to_messages(step, keep_empty=exported is not None)], "messages")
+    if exported is not None:
+        written = cast("tuple[dict[str, JsonValue], ...]", to_tools(agent.get("tool_definitions")))
+        return Exported.parse(exported).restore(taken.messages, written)
     trial = find_trial(path) if sub_agent is None else None
     tags = to_tags(
         AtifImporter.name,
@@ -114,8 +121,11 @@ def _to_episode(value: object, path: Path) -> Episode:
     )
 
 
-def _to_messages(step: dict[str, object]) -> list[dict[str, object]]:
-    """The turn of a step and the results in it; results that answer no call are what the environment showed."""
+def _to_messages(step: dict[str, object], *, keep_empty: bool) -> list[dict[str, object]]:
+    """The turn of a step and the results in it; results that answer no call are what the environment showed.
+
+    Steps of others without words are left out, as they only carry results, unless `keep_empty`.
+    """
     source = step["source"]
     if source not in ("system", "user", "agent"):
         raise EntryRefused("bad_shape", f"source {show(source)}", "system, user or agent", "write the step's source as one of these")
@@ -131,7 +141,7 @@ def _to_messages(step: dict[str, object]) -> list[dict[str, object]]:
         turn |= {"tool_calls": calls, "reasoning_content": step.get("reasoning_content")}
         turn |= {"author": "harness"} if step.get("llm_call_count") == 0 else {}
     shown = [{**_to_result(result, has_calls=bool(calls)), **marks} for result in results if result.get("content") is not None or calls]
-    has_words = turn["content"] not in (None, "", []) or source == "agent"
+    has_words = keep_empty or turn["content"] not in (None, "", []) or source == "agent"
     return [*([turn] if has_words else []), *shown]
 
 

@@ -6,7 +6,6 @@ Every entry read is stored, a duplicate, or refused for a reason; the three alwa
 
 from __future__ import annotations
 
-import difflib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
@@ -16,8 +15,11 @@ from pydantic import Field, JsonValue
 
 from loraloop.episode import Episode, Frozen
 from loraloop.errors import ImportFailed
-from loraloop.importers.entry import shorten, with_content_id
-from loraloop.plugins import EpisodeStore, Importer, find, list_names
+from loraloop.importers.entry import EntryRefused, shorten, with_content_id
+from loraloop.importers.scores import ScoreRule, describe, score_of
+from loraloop.importers.sources import SIDE_FILES, Found, search
+from loraloop.importers.unpacking import Plain, open_plain
+from loraloop.plugins import EpisodeStore, Importer, ScoredImporter, find, list_names
 from loraloop.training_data import Refusal
 
 HEAD_BYTES = 64 * 1024
@@ -26,8 +28,8 @@ BATCH_ENTRIES = 200
 """How many entries are read before their episodes are stored together."""
 MAX_REFUSALS = 20
 """How many refusals a report keeps in full; all are counted."""
-SUFFIXES = (".json", ".jsonl", ".traj", ".eval")
-"""The files that a directory is searched for."""
+SIDE_FILE = "side-file"
+"""The format of what is left aside in a searched folder, and counted only."""
 
 
 class IngestReport(Frozen):
@@ -43,10 +45,18 @@ class IngestReport(Frozen):
     """Counts by reason, reasons sorted."""
     refusals: tuple[Refusal, ...] = ()
     """The first of them, with place and advice."""
+    scores: str = ""
+    """The score that was declared to count, or the range of those that were taken as recorded."""
 
     def to_json(self) -> dict[str, JsonValue]:
-        """The counts, for `--json`: path, format, read, stored, duplicates, refused."""
+        """The counts, for `--json`: path, format, read, stored, duplicates, refused, scores."""
         return self.model_dump(mode="json", exclude={"refusals"})
+
+    def plus(self, other: IngestReport) -> IngestReport:
+        """Both as one, of two pieces of one file."""
+        sums = {name: getattr(self, name) + getattr(other, name) for name in ("read", "stored", "duplicates")}
+        refused = dict(sorted((Counter(self.refused) + Counter(other.refused)).items()))
+        return self.model_copy(update={**sums, "refused": refused, "refusals": (self.refusals + other.refusals)[:MAX_REFUSALS]})
 
 
 def ingest_file(
@@ -56,27 +66,48 @@ def ingest_file(
     on_progress: Callable[[int, int | None], None] | None = None,
     *,
     license_name: str | None = None,
+    score_rule: ScoreRule | None = None,
     readmit: bool = False,
 ) -> IngestReport:
     """Take every entry of `path` into `store` and say what became of each.
 
-    The format is told from the file unless `format_name` says it. An episode without the tag `license` gets `license_name`. One that
-    was forgotten is refused, unless `readmit` takes it in again.
+    The format is told from the file unless `format_name` says it. An episode without the tag `license` gets `license_name`,
+    and with `score_rule` its outcome is what that score says. One that was forgotten is refused, unless `readmit` takes it in again.
     `on_progress(entries read, entries in all or None)` is called after every batch. Raises ImportFailed when the file as a whole
     cannot be read, SettingsError for an unknown `format_name`; batches stored before stay, and ingesting again goes on from there.
     """
-    importer: Importer = find("importers", format_name)() if format_name else detect(path)
-    total = importer.count(path) if on_progress else None
+    with open_plain(path) as plain:
+        try:
+            return ingest_plain(store, plain, format_name, on_progress, license_name=license_name, score_rule=score_rule, readmit=readmit)
+        except ImportFailed as error:
+            raise ImportFailed(plain.rename(str(error)), error.reason) from error
+
+
+def ingest_plain(
+    store: EpisodeStore,
+    plain: Plain,
+    format_name: str | None = None,
+    on_progress: Callable[[int, int | None], None] | None = None,
+    *,
+    license_name: str | None = None,
+    score_rule: ScoreRule | None = None,
+    readmit: bool = False,
+) -> IngestReport:
+    """`ingest_file` of a file that is plain already."""
+    importer: Importer = find("importers", format_name)() if format_name else detect(plain.path)
+    total = importer.count(plain.path) if on_progress else None
     stored = Counter[bool]()
     refusals: list[Refusal] = []
     refused = Counter[str]()
+    scores: set[float] = set()
     n_read = 0
-    for batch in _iter_batches(importer.read(path)):
+    for batch in _iter_batches(_iter_all(importer, plain, score_rule)):
         episodes = [with_license(entry, license_name) for entry in batch if isinstance(entry, Episode)]
+        scores = _range(scores | {score for episode in episodes if (score := score_of(episode.outcome)) is not None})
         if readmit and (back := [episode for episode, out in zip(episodes, store.find_forgotten(episodes), strict=True) if out]):
             store.readmit(back)
         added = store.append_many(episodes)
-        kept_out = _refuse_forgotten(store, path, [episode for episode, is_new in zip(episodes, added, strict=True) if not is_new])
+        kept_out = _refuse_forgotten(store, plain.name, [episode for episode, is_new in zip(episodes, added, strict=True) if not is_new])
         stored.update({True: sum(added), False: len(added) - sum(added) - len(kept_out)})
         new = [*(entry for entry in batch if isinstance(entry, Refusal)), *kept_out]
         refused.update(refusal.reason for refusal in new)
@@ -85,24 +116,25 @@ def ingest_file(
         if on_progress:
             on_progress(n_read, total)
     return IngestReport(
-        path=str(path),
+        path=plain.name,
         format=importer.name,
         read=n_read,
         stored=stored[True],
         duplicates=stored[False],
         refused=dict(sorted(refused.items())),
         refusals=tuple(refusals),
+        scores=describe(score_rule, scores),
     )
 
 
-def _refuse_forgotten(store: EpisodeStore, path: Path, episodes: Sequence[Episode]) -> list[Refusal]:
+def _refuse_forgotten(store: EpisodeStore, name: str, episodes: Sequence[Episode]) -> list[Refusal]:
     """Of those that were not stored, those that were forgotten."""
     flags = store.find_forgotten(episodes) if episodes else []
     return [
         Refusal(
             episode_id=episode.id,
             reason="forgotten",
-            detail=f"{path}: found episode {episode.id}, or what it holds, which was forgotten; expected it to stay away; say --readmit to "
+            detail=f"{name}: found episode {episode.id}, or what it holds, which was forgotten; expected it to stay away; say --readmit to "
             "take it in again",
         )
         for episode, is_forgotten in zip(episodes, flags, strict=True)
@@ -120,10 +152,22 @@ def with_license(episode: Episode, name: str | None) -> Episode:
 
 
 def refuse_file(path: Path, error: ImportFailed) -> IngestReport:
-    """The report of a file that cannot be read as episodes: one entry, refused as `unreadable_file` with what `error` says first."""
-    detail = f"{str(error).splitlines()[0]}; if nothing in it is to be learned, leave the file out"
-    refusal = Refusal(reason="unreadable_file", detail=detail)
+    """The report of a file that cannot be read as episodes: one entry, refused for the `reason` of `error` with what it says first."""
+    said = str(error).splitlines()[0]
+    advice = "" if "; do this: " in said else "; if nothing in it is to be learned, leave the file out"
+    refusal = Refusal(reason=error.reason, detail=said + advice)
     return IngestReport(path=str(path), format="unknown", read=1, refused={refusal.reason: 1}, refusals=(refusal,))
+
+
+def find_side_file(found: Found) -> IngestReport | None:
+    """The report of a file that a search found and that is no run, but what a harness writes beside its runs; else None."""
+    if found.is_named or found.problem or found.path.name not in SIDE_FILES:
+        return None
+    try:
+        detect(found.path)
+    except ImportFailed:
+        return IngestReport(path=str(found.path), format=SIDE_FILE)
+    return None
 
 
 def detect(path: Path) -> Importer:
@@ -144,34 +188,35 @@ def detect(path: Path) -> Importer:
 
 
 def iter_files(paths: Iterable[Path]) -> list[Path]:
-    """The files among and under `paths`, each once: a file as given, a directory's files with one of `SUFFIXES` at any depth, sorted.
-
-    Raises ImportFailed for a path that is not there, with the names near to it, and for a directory without such files.
-    """
-    files: dict[Path, Path] = {}
-    for path in paths:
-        for file in _list_directory(path) if path.is_dir() else [_existing(path)]:
-            files.setdefault(file.resolve(), file)
-    return list(files.values())
+    """The files among and under `paths` that can be read, each once (see `search`)."""
+    return [found.path for found in search(paths) if found.problem is None]
 
 
-def _list_directory(path: Path) -> list[Path]:
-    found = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
-    if not found:
-        raise ImportFailed(f"{path}: no file *{' or *'.join(SUFFIXES)} in it or below; name the files themselves")
-    return found
-
-
-def _existing(path: Path) -> Path:
-    if path.exists():
-        return path
-    if not path.parent.is_dir():
-        raise ImportFailed(f"{path}: not found; there is no directory {path.parent}")
-    near = difflib.get_close_matches(path.name, [other.name for other in path.parent.iterdir()], n=3)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"look at what is in {path.parent}"
-    raise ImportFailed(f"{path}: not found; {hint}")
+def _iter_all(importer: Importer, plain: Plain, rule: ScoreRule | None) -> Iterator[Episode | Refusal]:
+    """The entries judged by `rule` and as messages should name them, and last what is missing of a packed file."""
+    entries = importer.read(plain.path)
+    if rule is not None and rule.top_key is not None and isinstance(importer, ScoredImporter):
+        entries = importer.read_scored(plain.path, rule.top_key)
+    for number, entry in enumerate(entries, 1):
+        if isinstance(entry, Refusal):
+            yield entry.model_copy(update={"detail": plain.rename(entry.detail)})
+        elif rule is None:
+            yield entry
+        else:
+            try:
+                judged: Episode | Refusal = rule.apply(entry)
+            except EntryRefused as error:
+                judged = Refusal(reason=error.reason, detail=f"{plain.name}, number {number}: {error}")
+            yield judged
+    if plain.problem is not None:
+        yield plain.problem
 
 
 def _iter_batches(entries: Iterator[Episode | Refusal]) -> Iterator[list[Episode | Refusal]]:
     while batch := list(islice(entries, BATCH_ENTRIES)):
         yield batch
+
+
+def _range(scores: set[float]) -> set[float]:
+    """The least and the greatest."""
+    return {min(scores), max(scores)} if scores else set()

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from loraloop.episode import AnyOutcome, Episode, EpisodeMetadata, Failure, Message, Success, Timeout, Unknown
 from loraloop.importers.entry import (
@@ -28,7 +28,7 @@ from loraloop.importers.entry import (
     show,
     to_tags,
 )
-from loraloop.importers.json_input import iter_entries, load_document, opening_keys
+from loraloop.importers.json_input import is_list, iter_entries, iter_list, load_document, opening_keys
 from loraloop.importers.react import begins_with_observation
 from loraloop.training_data import Refusal
 
@@ -45,6 +45,7 @@ class InterCodeImporter:
 
     name: ClassVar[str] = "intercode"
     description: ClassVar[str] = 'InterCode results: a JSON list of {"environment", "task_id", "query", "turn_history", "summary"}'
+    lines_stand_alone: ClassVar[Literal[True]] = True
 
     def detect(self, path: Path, head: str) -> bool:  # noqa: ARG002 - the content tells, whatever the name
         """True for objects with `turn_history`, whether in a list or by key."""
@@ -61,11 +62,11 @@ class InterCodeImporter:
 
 
 def _iter_runs(path: Path) -> Iterator[Entry]:
-    document = load_document(path) if path.suffix.lower() == ".json" else None
+    document = load_document(path) if path.suffix.lower() == ".json" and not is_list(path) else None
     if isinstance(document, dict) and "turn_history" not in document:
         yield from (Entry(f"entry {number} ({show(key)})", run) for number, (key, run) in enumerate(document.items(), 1))
-    elif isinstance(document, list):
-        yield from (Entry(f"entry {number}", run) for number, run in enumerate(document, 1))
+    elif document is None and is_list(path):
+        yield from iter_list(path)
     else:
         yield from iter_entries(path)
 

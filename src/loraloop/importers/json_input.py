@@ -15,31 +15,60 @@ from typing import BinaryIO
 
 from loraloop.errors import ImportFailed
 from loraloop.importers.entry import Entry, EntryRefused, shorten
+from loraloop.importers.json_list import iter_elements, too_large
+
+MAX_ENTRY_BYTES = 64 * 1024**2
+"""The longest line, and element of a list, that is read; a longer one is refused as `too_large` and passed over."""
+MAX_DOCUMENT_BYTES = 256 * 1024**2
+"""The longest file that is read as a whole, for formats that need that."""
 
 _TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|["{}\[\],]', re.DOTALL)
 _FIRST_OBJECT = re.compile(r"[\ufeff\s]*\[?\s*\{")
 
 
 def load_document(path: Path) -> object:
-    """The value of a file that is one JSON document. Raises ImportFailed when it cannot be read or is no JSON."""
+    """The value of a file that is one JSON document. Raises ImportFailed when it cannot be read, is no JSON, or `too_large`."""
+    with _open(path) as file:
+        data = file.read(MAX_DOCUMENT_BYTES + 1)
+    if len(data) > MAX_DOCUMENT_BYTES:
+        expected = f"{MAX_DOCUMENT_BYTES} at most, as this document must be read as a whole"
+        raise ImportFailed(f"{path}: found more than {MAX_DOCUMENT_BYTES} bytes; expected {expected}; do this: split it", "too_large")
     try:
-        return parse_json(_read_bytes(path))
+        return parse_json(data)
     except EntryRefused as error:
-        raise ImportFailed(f"{path}: found {error.found}; expected one whole JSON document; do this: {_WHOLE_ADVICE}") from error
+        raise _no_document(path, error) from error
 
 
 def iter_entries(path: Path) -> Iterator[Entry]:
     """The entries of a file of JSON Lines ("line 3"), or of one JSON document that is a list or a single object ("entry 3").
 
     A file whose first line is a whole JSON object is read line by line, and so is one whose lines merely look broken. Blank lines
-    are skipped; an empty file has no entries. Raises ImportFailed when a list or object over several lines is incomplete.
+    are skipped; an empty file has no entries. Neither lines nor a list are held as a whole. A list that breaks off gives what came
+    before, and a problem. Raises ImportFailed when a document is not even begun, or a single object is incomplete.
     """
     if is_by_line(path):
         yield from _iter_lines(path)
-        return
-    document = load_document(path)
-    for number, value in enumerate(document if isinstance(document, list) else [document], 1):
-        yield Entry(f"entry {number}", value)
+    elif is_list(path):
+        yield from iter_list(path)
+    else:
+        yield Entry("entry 1", load_document(path))
+
+
+def iter_list(path: Path) -> Iterator[Entry]:
+    """The elements of a file that is one JSON list ("entry 3"), one at a time. Raises ImportFailed when not even the first can be read."""
+    with _open(path) as file:
+        if not is_list(path):
+            raise _no_document(path, EntryRefused("bad_json", shorten(_head(file).decode(errors="replace")), "a list", _WHOLE_ADVICE))
+        for number, (value, problem) in enumerate(iter_elements(file, MAX_ENTRY_BYTES), 1):
+            if problem is not None and number == 1 and problem.reason != "too_large":
+                raise _no_document(path, problem) from problem
+            yield Entry(f"entry {number}", value, problem)
+
+
+def is_list(path: Path) -> bool:
+    """Whether the file begins as a JSON list."""
+    with _open(path) as file:
+        return _head(file).startswith(b"[")
 
 
 def count_entries(path: Path) -> int | None:
@@ -47,19 +76,24 @@ def count_entries(path: Path) -> int | None:
     if not is_by_line(path):
         return None
     with _open(path) as file:
-        return sum(1 for line in file if _strip(line))
+        return sum(1 for line, _ in _bounded_lines(file) if _strip(line))
 
 
 def is_by_line(path: Path) -> bool:
     """Whether each line is an entry, rather than the whole file one document."""
     with _open(path) as file:
-        first = next((line for line in map(_strip, file) if line), b"")
-        has_more = any(_strip(line) for line in file)
+        lines = _bounded_lines(file)
+        first, is_whole = next(((line, whole) for part, whole in lines if (line := _strip(part))), (b"", True))
+        has_more = any(_strip(line) for line, _ in lines)
+    if not is_whole:
+        return not first.startswith(b"[")
+    if first.startswith(b"[") and not has_more:
+        return False
     try:
-        value = parse_json(first)
+        parse_json(first)
     except EntryRefused:
         return not (first == b"{" or first.startswith(b"["))
-    return has_more or not isinstance(value, list)
+    return True
 
 
 def parse_json(data: bytes) -> object:
@@ -118,14 +152,27 @@ _WHOLE_ADVICE = "check that the file is complete; if a run is still writing it, 
 
 def _iter_lines(path: Path) -> Iterator[Entry]:
     with _open(path) as file:
-        for number, line in enumerate(file, 1):
-            if not (stripped := _strip(line)):
-                continue
+        for number, (line, is_whole) in enumerate(_bounded_lines(file), 1):
             place = f"line {number}"
-            try:
-                yield Entry(place, parse_json(stripped))
-            except EntryRefused as error:
-                yield Entry(place, problem=error)
+            if not is_whole:
+                yield Entry(place, problem=too_large(MAX_ENTRY_BYTES))
+            elif stripped := _strip(line):
+                try:
+                    yield Entry(place, parse_json(stripped))
+                except EntryRefused as error:
+                    yield Entry(place, problem=error)
+
+
+def _bounded_lines(file: BinaryIO) -> Iterator[tuple[bytes, bool]]:
+    """(line, whether that is all of it): of a line beyond `MAX_ENTRY_BYTES` only the first bytes are given."""
+    while line := file.readline(MAX_ENTRY_BYTES):
+        if line.endswith(b"\n") or len(line) < MAX_ENTRY_BYTES:
+            yield line, True
+            continue
+        begin = line[:1000]
+        while line and not line.endswith(b"\n"):
+            line = file.readline(1 << 20)
+        yield begin, False
 
 
 def _decode(data: bytes) -> str:
@@ -144,9 +191,13 @@ def _strip(line: bytes) -> bytes:
     return line.strip().removeprefix(codecs.BOM_UTF8).strip()
 
 
-def _read_bytes(path: Path) -> bytes:
-    with _open(path) as file:
-        return file.read()
+def _head(file: BinaryIO) -> bytes:
+    """The first bytes that are no space, and the place in the file behind them."""
+    return next((stripped for part in iter(lambda: file.read(1 << 16), b"") if (stripped := _strip(part))), b"")
+
+
+def _no_document(path: Path, error: EntryRefused) -> ImportFailed:
+    return ImportFailed(f"{path}: found {error.found}; expected one whole JSON document; do this: {_WHOLE_ADVICE}")
 
 
 def _open(path: Path) -> BinaryIO:

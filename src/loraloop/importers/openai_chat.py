@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import ClassVar, cast
+from typing import ClassVar, Literal, cast
 
 from pydantic import JsonValue
 
@@ -17,6 +17,7 @@ from loraloop.episode import Episode, EpisodeMetadata, Failure, Message, Success
 from loraloop.files import canonical_json
 from loraloop.importers.anthropic import is_anthropic
 from loraloop.importers.entry import EntryRefused, convert_entries, find_finite, ignored_tag, require_clean, show
+from loraloop.importers.exported import KEY, Exported
 from loraloop.importers.json_input import count_entries, iter_entries, opening_keys
 from loraloop.importers.null_padding import without_padded_arguments, without_padding
 from loraloop.importers.openai_calls import is_call_log
@@ -41,6 +42,7 @@ class OpenAIChatImporter:
 
     name: ClassVar[str] = "openai"
     description: ClassVar[str] = 'OpenAI chat data: JSON Lines or a JSON list of {"messages": [...], "tools": [...]}'
+    lines_stand_alone: ClassVar[Literal[True]] = True
 
     def detect(self, path: Path, head: str) -> bool:
         """True for objects with `messages` on their first level, and for an empty `.jsonl`, which is data with no lines."""
@@ -63,19 +65,26 @@ class OpenAIChatImporter:
         """One Episode or Refusal for each line that is not blank, in order. Raises ImportFailed for an unreadable file."""
         return convert_entries(path, iter_entries(path), _to_episode)
 
+    def read_scored(self, path: Path, key: str) -> Iterator[Episode | Refusal]:
+        """`read` of lines whose `key` says how they ended: they need not be demonstrations, and it becomes a tag."""
+        return convert_entries(path, iter_entries(path), lambda row: _to_episode(row, key))
 
-def _to_episode(row: object) -> Episode:
+
+def _to_episode(row: object, score_key: str | None = None) -> Episode:
     if not isinstance(row, dict) or "messages" not in row:
         keys = f"keys {show(sorted(row))}" if isinstance(row, dict) else show(row)
         raise EntryRefused("bad_shape", keys, "an object with `messages`", "write one conversation a line, or give its --format")
+    if KEY in row:
+        return _restore(row)
     weight = _find_weight(row.get("weight"))
     require_clean({key: value for key, value in row.items() if key != "weight"})
-    _require_demonstration(row)
+    _require_demonstration(row if score_key is None else {key: value for key, value in row.items() if key != score_key})
     tools, n_keys = without_padding(take_tools(row.get("tools"), row.get("functions")))
     raw, n_arguments = without_padded_arguments(row["messages"], tools)
     taken = take_messages(raw, "messages")
     require_own_words(taken.messages)
-    _require_no_failed_end(taken.messages)
+    if score_key is None:
+        _require_no_failed_end(taken.messages)
     extra, ignored = _other_keys(row)
     task_id = _find_task_id(row)
     notes = {"decoded_arguments": taken.n_decoded, "padded_keys_removed": n_keys + n_arguments}
@@ -91,6 +100,13 @@ def _to_episode(row: object) -> Episode:
         outcome=Success(1.0),
         metadata=EpisodeMetadata(tags=dict(sorted(tags.items()))),
     )
+
+
+def _restore(row: dict[str, object]) -> Episode:
+    """An episode that `loraloop export` wrote."""
+    require_clean(row)
+    tools = cast("tuple[dict[str, JsonValue], ...]", take_tools(row.get("tools")))
+    return Exported.parse(row[KEY]).restore(take_messages(row["messages"], "messages").messages, tools)
 
 
 def require_own_words(messages: Sequence[Message]) -> None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, cast
+from typing import ClassVar, Literal, cast
 
 from pydantic import JsonValue
 
@@ -39,6 +39,7 @@ class OpenHandsImporter:
 
     name: ClassVar[str] = "openhands"
     description: ClassVar[str] = 'OpenHands: lines of {"instance_id", "history", "test_result"}, or a list of {"id", "source", "action", …}'
+    lines_stand_alone: ClassVar[Literal[True]] = True
 
     def detect(self, path: Path, head: str) -> bool:  # noqa: ARG002 - the content tells, whatever the name
         """True for runs with `instance_id` and `history` or `test_result`, and for a list of events."""

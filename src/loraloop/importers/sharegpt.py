@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import ClassVar, cast
+from typing import ClassVar, Literal, cast
 
 from pydantic import JsonValue
 
@@ -43,6 +43,7 @@ class ShareGptImporter:
 
     name: ClassVar[str] = "sharegpt"
     description: ClassVar[str] = 'ShareGPT data: a JSON list of {"conversations": [{"from", "value"}], "tools"}'
+    lines_stand_alone: ClassVar[Literal[True]] = True
 
     def detect(self, path: Path, head: str) -> bool:  # noqa: ARG002 - the content tells, whatever the name
         """True for objects with `conversations` of turns that say who they are `from`."""

@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import ClassVar
 
 from loraloop.episode import AnyOutcome, Episode, EpisodeMetadata, Failure, Success, Unknown
-from loraloop.errors import ImportFailed
-from loraloop.importers.entry import Entry, EntryRefused, convert_entries, find_finite, find_id, ignored_tag, require_clean, show
-from loraloop.importers.json_input import first_object_keys, load_document
+from loraloop.importers.entry import EntryRefused, convert_entries, find_finite, find_id, ignored_tag, require_clean, show
+from loraloop.importers.json_input import first_object_keys, iter_list
 from loraloop.importers.openai_messages import take_messages
 from loraloop.training_data import Refusal
 
@@ -41,12 +40,7 @@ class TauBenchImporter:
 
     def read(self, path: Path) -> Iterator[Episode | Refusal]:
         """One Episode or Refusal for each run, in order. Raises ImportFailed for a file that is not a JSON list."""
-        document = load_document(path)
-        if not isinstance(document, list):
-            advice = "give the results file that tau-bench's run.py writes, or the right --format"
-            raise ImportFailed(f"{path}: found {show(document)}; expected a list of runs; do this: {advice}")
-        entries = (Entry(f"entry {number}", run) for number, run in enumerate(document, 1))
-        yield from convert_entries(path, entries, _to_episode)
+        yield from convert_entries(path, iter_list(path), _to_episode)
 
 
 def _to_episode(run: object) -> Episode:

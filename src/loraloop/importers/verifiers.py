@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import ClassVar, cast
+from typing import ClassVar, Literal, cast
 
 from pydantic import JsonValue
 
@@ -39,6 +39,7 @@ class VerifiersImporter:
 
     name: ClassVar[str] = "verifiers"
     description: ClassVar[str] = 'verifiers results: JSON Lines of {"prompt", "completion", "reward", "task", "info"}'
+    lines_stand_alone: ClassVar[Literal[True]] = True
 
     def detect(self, path: Path, head: str) -> bool:  # noqa: ARG002 - the content tells, whatever the name
         """True for objects with `prompt`, `completion` and one key more of the format, so not for plain prompt-completion data."""

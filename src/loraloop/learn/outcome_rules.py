@@ -7,7 +7,9 @@ otherwise; an episode whose score lies outside is refused, since the same number
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,6 +17,7 @@ from loraloop.episode import Episode, Outcome, Success, Timeout
 from loraloop.errors import SettingsError
 from loraloop.training_data import Method, Refusal
 
+_SCALE = re.compile(r"(-?[0-9.]*[0-9](?:e[+-]?[0-9]+)?)\.\.(-?[0-9.]*[0-9](?:e[+-]?[0-9]+)?)")
 OutcomeKind = Literal["success", "failure", "timeout", "unknown"]
 
 
@@ -25,7 +28,7 @@ class OutcomeSettings:
     min_score: float = 0.0
     """The least score, on the recorder's scale, of an episode that becomes likelier."""
     score_range: tuple[float, float] = (0.0, 1.0)
-    """The bottom and the top of the recorder's scale."""
+    """The bottom and the top of the recorder's scale; of an episode whose scale was declared by `ingest --scale`, that one counts."""
     include_timeouts: bool = False
     """Use timeouts where the method leaves them out by itself: learned by sft, undesirable to kto."""
     max_timeout_weight: float = 0.5
@@ -44,6 +47,15 @@ class OutcomeSettings:
             raise SettingsError(f"max_timeout_weight={self.max_timeout_weight}: expected a weight above 0, and 1 at most")
         if not -1 <= self.failure_weight <= 0:
             raise SettingsError(f"failure_weight={self.failure_weight}: expected a weight from -1 to 0")
+
+    def on_scale_of(self, episode: Episode) -> OutcomeSettings:
+        """These settings on the scale that was declared for this episode when it was taken in (tag `score_scale`), if one was."""
+        found = _SCALE.fullmatch(episode.metadata.tags.get("score_scale", ""))
+        if not found:
+            return self
+        own = copy(self)  # not made anew: a `min_score` above this scale leaves the episode out, and is no mistake
+        object.__setattr__(own, "score_range", (float(found[1]), float(found[2])))
+        return own
 
     def place(self, score: float) -> float:
         """Where `score` is on the scale, from 0 at the bottom to 1 at the top."""
@@ -96,6 +108,7 @@ def score_of(outcome: Outcome) -> float | None:
 def judge(method: Method, episode: Episode, settings: OutcomeSettings) -> Meaning | Refusal:
     """What `episode` is to `method`, by its outcome; a Refusal when nothing is learned from it."""
     outcome, score = episode.outcome, score_of(episode.outcome)
+    settings = settings.on_scale_of(episode)
     low, high = settings.score_range
     if score is not None and not low <= score <= high:
         declare = f"score_range=({min(low, score):g}, {max(high, score):g})"

@@ -49,9 +49,8 @@ def open_reference(
 ) -> Reference:
     """The reference for `rows`: from the `cache` where it is there, else computed, and kept there.
 
-    `origin` names all that the numbers follow from besides the rows; with `adapter` the model's is on, which is one that is trained on. Rows
-    are computed in the order of their tokens, so that those
-    that begin alike stand together, about `chunk_tokens` of them at a time.
+    `origin` names all that the numbers follow from besides the rows. With `adapter` the model's is on: one that is trained on. Rows are
+    computed in the order of their tokens, so that those that begin alike stand together, about `chunk_tokens` of them at a time.
     """
     by_key = {_key(row): row for row in rows}
     ordered = sorted(by_key, key=lambda key: by_key[key].ids)
