@@ -13,7 +13,7 @@ from loraloop.dataset import MANIFEST_FILE, TRAIN_FILE, DatasetSettings
 from loraloop.episode import EpisodeMetadata
 from loraloop.errors import DatasetError, ImportFailed, LoraTrainerError, StoreError
 from loraloop.lora.model import LoraModelId
-from loraloop.lora.runs import RunPlan
+from loraloop.lora.runs import Run, RunPlan
 from loraloop.project import Project
 from loraloop.testing import make_episode
 
@@ -112,10 +112,17 @@ def plan_of(run_id: LoraModelId, parent: LoraModelId | None = None) -> RunPlan:
     return RunPlan.model_validate({"id": run_id, "created_at": 1, "parent": parent, **told, **made_from})
 
 
+def begin(project: Project, plan: RunPlan) -> Run:
+    run = project.runs.of(plan)
+    run.path.mkdir(parents=True)
+    run.tell_plan(plan)
+    return run
+
+
 @pytest.mark.parametrize("state", ["running", "stopped", "interrupted"])
 def test_a_model_that_an_unfinished_run_continues_from_is_not_deleted(project: Project, state: str) -> None:
     model, other = save_model(project.directory / "models"), save_model(project.directory / "models")
-    run = project.runs.begin(plan_of(LoraModelId.new(), parent=model.id))
+    run = begin(project, plan_of(LoraModelId.new(), parent=model.id))
     run.lease.acquire("this test")
     run.move("running")
     if state == "stopped":
@@ -130,7 +137,7 @@ def test_a_model_that_an_unfinished_run_continues_from_is_not_deleted(project: P
 
 def test_a_run_with_a_damaged_file_hides_no_other(project: Project) -> None:
     for number, name in enumerate(("run.json", "state.json", "lease.json")):
-        run = project.runs.begin(plan_of(model_id := LoraModelId.new()))
+        run = begin(project, plan_of(model_id := LoraModelId.new()))
         run.move("running")
         (run.path / name).write_text("{")
         assert [one.id for one in project.runs.list_runs()][-1:] == ([] if number == 0 else [model_id])

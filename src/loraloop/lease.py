@@ -44,7 +44,7 @@ class Holder:
         """Whether it still holds the lease."""
         if self.machine == this_machine():
             return any(start_time(pid) == started for pid, started in self.processes)
-        return time.time() - self.beat < STALE_SECONDS
+        return abs(time.time() - self.beat) < STALE_SECONDS  # clocks differ, and are set
 
     def describe(self) -> str:
         """`what (process 12)`."""
@@ -122,9 +122,13 @@ class Lease:
                 self.release()
 
     def _check_mine(self) -> Holder:
+        if self._mine is None:
+            raise LeaseHeld("nobody: the lease was given back")
         there = read_holder(self.path)
-        if self._mine is None or there is None or there.machine != self._mine.machine or there.processes[0] != self._mine.processes[0]:
-            raise LeaseHeld(there.describe() if there else "nobody: the lease was given back")
+        if there is None:  # whoever cleans up temporary files took it away
+            return self._mine
+        if there.machine != self._mine.machine or there.processes[0] != self._mine.processes[0]:
+            raise LeaseHeld(there.describe())
         return there
 
     def _write(self, holder: Holder) -> None:

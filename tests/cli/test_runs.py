@@ -207,3 +207,41 @@ def test_figures_also_go_where_they_are_asked_to_go(place: Path) -> None:
     assert written
     assert sum(file.stat().st_size for file in written) > 500
     assert "no-such-service" in run(*TRAIN, "--report-to", "no-such-service", cwd=place, code=1).stderr
+
+
+def test_a_run_that_was_killed_behind_its_record_is_finished_by_resuming(place: Path) -> None:
+    model = json.loads(run(*TRAIN, "--max-steps", "2", "--json", cwd=place).stdout.splitlines()[-1])
+    state = place / "loraloop-project" / "runs" / model["id"] / "state.json"
+    state.write_text(state.read_text().replace("finished", "running"))
+    assert runs(place)[-1]["state"] == "interrupted"
+    again = json.loads(run("train", "--resume", model["id"], "--json", cwd=place).stdout.splitlines()[-1])
+    assert again == model
+    assert runs(place)[-1]["state"] == "finished"
+
+
+def test_a_reader_that_goes_away_ends_no_training(place: Path) -> None:
+    before = {one["id"] for one in runs(place)}
+    command = " ".join([sys.executable, "-m", "loraloop", *TRAIN, "--max-steps", "3", "--json", "| head -1"])
+    first = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=place, env=ENVIRONMENT, timeout=120)
+    assert len(first.stdout.splitlines()) == 1
+    (summary,) = [one for one in runs(place) if one["id"] not in before]
+    assert (summary["state"], summary["step"]) == ("finished", 3)
+
+
+def test_why_a_run_failed_is_in_its_state_and_a_stop_has_something_to_go_by(place: Path) -> None:
+    complaint = run(*TRAIN, "--max-memory", "1000", cwd=place, code=1).stderr
+    assert "the limit is 0 MB" in complaint
+    failed = runs(place)[-1]
+    assert failed["state"] == "failed"
+    assert "the limit is 0 MB" in failed["message"]
+    refused = run(*TRAIN, "--early-stop", "2", "--project", "few", cwd=place, code=1).stderr
+    assert "no project in few" in refused
+
+
+def test_a_parent_that_was_changed_is_not_continued_from(place: Path) -> None:
+    model = json.loads(run(*TRAIN, "--max-steps", "2", "--json", cwd=place).stdout.splitlines()[-1])
+    run("models", "verify", model["id"], cwd=place)
+    weights = place / "loraloop-project" / "models" / model["id"] / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    for arguments in (("models", "verify", model["id"]), (*TRAIN, "--continue-from", model["id"])):
+        assert "adapter_model.safetensors differs from what was recorded" in run(*arguments, cwd=place, code=1).stderr

@@ -8,6 +8,8 @@ import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -259,18 +261,74 @@ def test_a_loss_that_is_no_number_ends_at_its_step_and_keeps_the_checkpoint_befo
     assert max(path.name for path in training.checkpoints.glob("step-*")) == "step-00000002"
 
 
-def test_a_second_signal_ends_at_once_and_loses_no_more_than_kill_9(make: Any, uninterrupted: tuple[str, float]) -> None:
+def test_control_c_after_a_first_signal_ends_at_once_and_sigterm_does_not(tmp_path: Path) -> None:
+    code = """
+import os, signal, sys
+from loraloop.train.stop import Stop, StopAsked
+stop = Stop()
+with stop.listening():
+    try:
+        with stop.protected():
+            for name in sys.argv[1:]:
+                os.kill(os.getpid(), getattr(signal, name))
+            print("whole")
+    except StopAsked:
+        print("asked")
+"""
+    for signals, expected in (
+        (["SIGTERM", "SIGTERM"], (0, "whole\nasked\n")),
+        (["SIGINT", "SIGTERM"], (0, "whole\nasked\n")),
+        (["SIGTERM", "SIGINT"], (130, "")),
+        (["SIGINT", "SIGINT"], (130, "")),
+    ):
+        done = subprocess.run([sys.executable, "-c", code, *signals], capture_output=True, text=True)
+        assert (done.returncode, done.stdout) == expected, signals
+
+
+def test_a_stop_before_the_first_step_is_told_as_one(make: Any, uninterrupted: tuple[str, float]) -> None:
+    training = make(more=(*EVERY_STEP, "--wait"))
+    holder = make("holder")
+    process = holder.start()
+    wait_until(lambda: len(holder.events("step")) >= 1, "a step")
+    os.kill(process.pid, signal.SIGSTOP)
+    waiting = training.start()
+    wait_until(lambda: any("waiting for" in event.get("message", "") for event in training.events("note")), "it to wait")
+    os.kill(waiting.pid, signal.SIGTERM)
+    waiting.join(10)
+    assert waiting.exitcode == 143
+    assert [event["step"] for event in training.events("stopped")] == [0]
+    kill(process)
+    assert training.finish("--resume") == 0, training.last_words()
+    assert training.adapter() == uninterrupted[0]
+
+
+@pytest.mark.parametrize("damage", ["deleted", "damaged"])
+def test_checkpoints_of_which_nobody_can_tell_whose_they_are_go_on_by_force_only(make: Any, damage: str) -> None:
     training = make()
     process = training.start()
     wait_until(lambda: len(training.events("checkpoint")) >= 2, "two checkpoints")
-    os.kill(process.pid, signal.SIGSTOP)  # so that both are there before the first is heard
-    os.kill(process.pid, signal.SIGINT)
-    os.kill(process.pid, signal.SIGTERM)
-    os.kill(process.pid, signal.SIGCONT)
-    process.join(20)
-    assert process.exitcode in (128 + signal.SIGINT, 128 + signal.SIGTERM)
-    assert not training.output.exists()
+    kill(process)
+    identity = training.checkpoints / "identity.json"
+    identity.unlink() if damage == "deleted" else identity.write_text("{")
+    assert training.finish("--resume") == 1
+    assert "nobody can tell whether this is the run" in training.last_words()
+    assert training.finish("--resume", "--force") == 0, training.last_words()
+
+
+def test_what_is_saved_after_damage_is_kept(make: Any, uninterrupted: tuple[str, float]) -> None:
+    training = make()
+    process = training.start()
+    wait_until(lambda: len(training.events("checkpoint")) >= 5, "five checkpoints")
+    kill(process)
+    for file in training.checkpoints.glob("step-*/state.safetensors"):
+        file.write_bytes(b"")
+    process = training.start("--resume")
+    n_saved = len(training.events("checkpoint"))
+    wait_until(lambda: len(training.events("checkpoint")) >= n_saved + 2, "two more")
+    kill(process)
     assert training.finish("--resume") == 0, training.last_words()
+    notes = [event["message"] for event in training.events("note") if "going on behind step" in event["message"]]
+    assert len(notes) == 1, "from what was saved anew"
     assert training.adapter() == uninterrupted[0]
 
 

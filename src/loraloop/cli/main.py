@@ -8,9 +8,11 @@ command ends with the next one to type. Exit codes: 0 done, 1 it could not be do
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sys
 from importlib.metadata import version
+from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
@@ -52,6 +54,9 @@ def main() -> None:
     for number in (signal.SIGTERM, signal.SIGHUP):  # so that what a command has begun, a training, ends with it
         if signal.getsignal(number) is signal.SIG_DFL:  # nohup has SIGHUP ignored, and means it
             signal.signal(number, _stop)
+    for name in ("stdout", "stderr"):  # closed by whoever started this
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115  until this process ends
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # names of files need not be Unicode
     try:
         app()

@@ -68,6 +68,20 @@ def show_model(model_id: IdArgument, project: ProjectOption = DEFAULT_PROJECT, a
     show_next("loraloop models list", project)
 
 
+@models.command("verify", epilog="Example: loraloop models verify latest")
+def verify_model(model_id: IdArgument, project: ProjectOption = DEFAULT_PROJECT, as_json: JsonOption = False) -> None:
+    """Hash the files of one model again: whether they are what was recorded."""
+    from loraloop.project import Project
+
+    with Project(project, create=False) as opened:
+        model = opened.registry.verify(model_id)
+    if as_json:
+        write_line(json_line({"id": model.id, "adapter_sha256": model.adapter_sha256, "verified": True}))
+    else:
+        write_text(f"{model.id} is what was recorded: {model.adapter_sha256}")
+        show_next(f"loraloop models show {model.id}", project)
+
+
 @models.command("delete", epilog="Example: loraloop models delete lora-0000000000000-0123abcd --yes")
 def delete_model(
     model_id: IdArgument,

@@ -52,8 +52,8 @@ def list_runs(project: ProjectOption = DEFAULT_PROJECT, as_json: JsonOption = Fa
         loss = "-" if summary["loss"] is None else f"{summary['loss']:.4f}"
         begun = datetime.fromtimestamp(summary["created_at"] / 1000, UTC).strftime("%Y-%m-%d %H:%M UTC")
         rows.append([summary["id"], summary["state"], done, loss, str(summary["pid"] or "-"), summary["method"], begun])
-    show_table(f"{len(found)} runs", ["id", "state", "step", "loss", "process", "method", "begun"], rows)
-    unfinished = [summary["id"] for summary in found if summary["state"] not in ("running", "finished")]
+    show_table(f"{len(found)} run{'' if len(found) == 1 else 's'}", ["id", "state", "step", "loss", "process", "method", "begun"], rows)
+    unfinished = [summary["id"] for summary in found if summary["state"] not in ("running", "finished") and summary["can_resume"]]
     show_next(f"loraloop train --resume {unfinished[-1]}" if unfinished else "loraloop runs show RUN", project)
 
 
@@ -113,4 +113,6 @@ def _next_of(run: Run) -> str:
     state = run.status.state
     if state == "finished":
         return f"loraloop models show {run.id}"
-    return f"loraloop runs watch {run.id}" if state == "running" else f"loraloop train --resume {run.id}"
+    if state == "running":
+        return f"loraloop runs watch {run.id}"
+    return f"loraloop train --resume {run.id}" if run.can_resume else "loraloop train, as a script of your own cannot be gone on with"

@@ -136,36 +136,49 @@ def train(
 
 
 def _resume(run_id: str, project: Path, told: dict[str, Any], *, force: bool, as_json: bool) -> TrainedModel:
+    from loraloop.project import Project
+
     changes = {SETTINGS.get(name, name): value for name, value in told.items() if name not in _NO_SETTINGS}
     if refused := sorted(set(changes) & {"dataset", "method", "train_script", "continue_from", "check"}):
         raise SettingsError(f"--{refused[0].replace('_', '-')}: what a run is made of cannot change with --resume; start a new run")
     if "time_limit" in changes:
         changes["time_limit"] = _seconds(changes["time_limit"])
-    with _training(project, as_json=as_json) as (opened, hear):
+    with Project(project, create=False) as opened:
+        run_id = opened.runs.get(run_id).id
+    with _training(project, as_json=as_json, resumed=run_id) as (opened, hear):
         return opened.resume(run_id, force=force, on_event=hear, **changes)
 
 
 @contextmanager
-def _training(project: Path, *, as_json: bool) -> Iterator[tuple[Project, OnEvent]]:
+def _training(project: Path, *, as_json: bool, resumed: str | None = None) -> Iterator[tuple[Project, OnEvent]]:
     """The project, and who shows or writes what a training tells; Ctrl-C says how to go on."""
     from loraloop.project import Project
 
+    gone: list[OSError] = []
+
     def write(event: TrainingEvent) -> None:
-        write_line(event.model_dump_json(exclude_none=True))
-        sys.stdout.flush()
+        try:
+            if not gone:
+                write_line(event.model_dump_json(exclude_none=True))
+                sys.stdout.flush()
+        except OSError as error:  # the reader has seen enough, or its disk is full: the training goes on
+            gone.append(error)
 
     with Project(project, create=False) as opened:
+        earlier = {run.id for run in opened.runs.list_runs()}
         try:
             with nullcontext() if as_json else TrainingScreen() as screen:
                 yield opened, write if screen is None else screen.show
         except (KeyboardInterrupt, SystemExit):
-            runs = opened.runs.list_runs()
-            if runs and runs[-1].status.state in ("stopped", "interrupted"):
-                status = runs[-1].status
+            begun = [run for run in opened.runs.list_runs() if run.id == resumed or run.id not in earlier]
+            if begun and begun[-1].status.state in ("stopped", "interrupted"):
+                status = begun[-1].status
                 at = f"; a checkpoint keeps it as it was behind step {status.checkpoint}" if status.checkpoint else ""
-                err().print(f"{runs[-1].id} is {status.state}{at}", markup=False)
-                show_next(f"loraloop train --resume {runs[-1].id}", project)
+                err().print(f"{begun[-1].id} is {status.state}{at}", markup=False)
+                show_next(f"loraloop train --resume {begun[-1].id}", project)
             raise
+        if gone:
+            raise gone[0]
 
 
 def _end(model: TrainedModel, project: Path, *, as_json: bool) -> None:

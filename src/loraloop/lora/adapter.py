@@ -9,9 +9,10 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from loraloop.episode import EpisodeId, now_ms
-from loraloop.errors import LoraTrainerError, ProcessFailed
-from loraloop.lora.model import TrainedModel, TrainingMetrics
-from loraloop.lora.registry import MODEL_FILE
+from loraloop.errors import LoraTrainerError, ProcessFailed, SettingsError
+from loraloop.lora.config import LoraTrainerConfig, TrainOptions
+from loraloop.lora.model import LoraModelId, TrainedModel, TrainingMetrics
+from loraloop.lora.registry import MODEL_FILE, LoraModelRegistry
 from loraloop.lora.runs import RunPlan
 from loraloop.lora.states import HISTORY_FILE
 from loraloop.training_record import RECORD_FILE, TrainingRecord
@@ -80,6 +81,29 @@ def read_shape(adapter: Path) -> tuple[int, float]:
     except (OSError, ValueError, TypeError, KeyError) as error:
         lacks = f"{adapter} has no readable adapter_config.json ({error})"
         raise LoraTrainerError(f"{lacks}; only a LoRA adapter can be continued from") from error
+
+
+def find_parent(config: LoraTrainerConfig, options: TrainOptions) -> tuple[LoraModelId | None, LoraTrainerConfig]:
+    """The model to continue from, unchanged since it was recorded, and the configuration with its rank and alpha.
+
+    Raises LoraTrainerError, and SettingsError for another rank or alpha than its own.
+    """
+    wanted = options.continue_from
+    if wanted is None:
+        return None, config
+    if config.train_script is not None:
+        raise LoraTrainerError("continue_from is loraloop's own; a train_script is not told of it")
+    registry = LoraModelRegistry(config.output_dir)
+    parent = registry.get(wanted)
+    if parent.adapter_sha256 is not None:
+        registry.verify(parent.id)
+    rank, alpha = read_shape(parent.adapter_path)
+    defaults = LoraTrainerConfig()
+    for name, found in (("lora_rank", rank), ("lora_alpha", alpha)):
+        told = getattr(config, name)
+        if told not in (found, getattr(defaults, name)):
+            raise SettingsError(f"{name}={told:g}: {parent.id}, which is continued from, has {found:g}; leave it out, or give that")
+    return parent.id, config.replace(lora_rank=rank, lora_alpha=alpha)
 
 
 def _load_record(path: Path) -> TrainingRecord | None:

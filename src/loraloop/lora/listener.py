@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import signal
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -12,7 +14,7 @@ from pathlib import Path
 from loraloop.errors import EmptyData, LoraTrainerError, ProcessFailed, TrainingStopped
 from loraloop.lora.process import Log
 from loraloop.lora.report_to import Reporter
-from loraloop.lora.runs import EVENTS_FILE, Run, RunState
+from loraloop.lora.runs import EVENTS_FILE, Run, RunState, RunStatus
 from loraloop.training_record import TrainingEvent
 
 log = logging.getLogger("loraloop.lora")
@@ -22,20 +24,27 @@ SECONDS_BETWEEN_STATES = 1.0
 
 
 class Listener:
-    """Of one process; without a `run` it only passes on, to `on_event` and the `reporters`."""
+    """Of one process; without a `run` it only passes on, to `on_event` and to reporters."""
 
-    def __init__(self, run: Run | None, on_event: OnEvent | None, reporters: Sequence[Reporter] = ()) -> None:
+    def __init__(self, run: Run | None, on_event: OnEvent | None) -> None:
         self.stopped_at: int | None = None
         """The step that a checkpoint holds, when the process ended because it was told to."""
         self._run = run
         self._on_event = on_event or (lambda event: None)
-        self._reporters = reporters
-        self._events = Log(run.path / EVENTS_FILE) if run is not None else None
-        self._status = run.status if run is not None else None
+        self._reporters: Sequence[Reporter] = ()
+        self._events: Log | None = None
+        self._status: RunStatus | None = None
         self._told_at = 0.0
         self._empty: TrainingEvent | None = None
         self._last_step: TrainingEvent | None = None
         self._kills = count_memory_kills()
+
+    def open(self, reporters: Sequence[Reporter] = ()) -> None:
+        """The run begins, or goes on, and is held by this process."""
+        self._reporters = reporters
+        if self._run is not None:
+            self._events = Log(self._run.path / EVENTS_FILE)
+            self._status = self._run.status
 
     def started(self, pid: int) -> None:
         """The process has begun."""
@@ -44,6 +53,13 @@ class Listener:
                 self._run.lease.join(pid)
             self._status = self._status.model_copy(update={"pid": pid})
             self._tell()
+
+    def lose(self, to: str) -> None:
+        """Somebody else holds the lease of the run: two must not write its checkpoints."""
+        log.warning("run lost to %s; ending its training", to)
+        if self._status is not None and self._status.pid is not None:
+            with suppress(ProcessLookupError):
+                os.kill(self._status.pid, signal.SIGTERM)
 
     def hear_line(self, line: str) -> None:
         """A line of its standard output: an event, or log."""
@@ -78,11 +94,10 @@ class Listener:
             self._events.close()
         if self._run is None:
             return
-        lines = str(error).splitlines() if error is not None else []
         told = {"step", "steps", "loss", "tokens_per_s", "memory_mb", "checkpoint"}
         known = self._status.model_dump(include=told) if self._status is not None else {}
         with suppress(OSError):  # a full disk: whoever looks finds that nobody works on it any more
-            self._run.move(state, **known, message=lines[0] if lines else None)
+            self._run.move(state, **known, message=_reason(error))
 
     def _note(self, event: TrainingEvent) -> None:
         if event.event == "stopped":
@@ -112,6 +127,15 @@ class Listener:
             told += f"; it had {memory:,} MB at step {self._last_step.step if self._last_step else 0}"
         told += "; if memory was the reason, give it a limit by --max-memory, a smaller max_seq_length or batch, or a smaller base model"
         return told + (f". Go on behind its last checkpoint with `loraloop train --resume {self._run.id}`" if self._run else "")
+
+
+def _reason(error: BaseException | None) -> str | None:
+    """One line of why a run ended; of a process that complained, its last words."""
+    if isinstance(error, ProcessFailed) and not error.reason and error.signal_name is None:
+        said = [line for line in error.stderr.splitlines() if line.strip()]
+        return said[-1] if said else f"exit {error.exit_code}"
+    lines = str(error).splitlines() if error is not None else []
+    return lines[0] if lines else None
 
 
 def count_memory_kills() -> int:

@@ -46,7 +46,7 @@ async def run_process(
     if shutil.which(argv[0]) is None:
         raise ProcessFailed(127, "", log_path, f"{argv[0]} cannot be started: no such program; see python_path")
     out, err = _Lines(on_line), _Lines()
-    with contextlib.closing(Log(log_path)) as log:
+    with contextlib.closing(Log(log_path, LOG_BYTES)) as log:
         transport, child = await asyncio.get_running_loop().subprocess_exec(
             lambda: _Child(log, {1: out, 2: err}),
             *(sys.executable, "-I", "-S", guard.__file__, *argv),
@@ -69,13 +69,17 @@ async def run_process(
 
 
 class Log:
-    """A file of at most LOG_BYTES, and the one before it. When it cannot be written to any more, `failure` says why, and it is silent."""
+    """A file of at most `max_bytes`, and the one before it. When it cannot be written to any more, `failure` says why, and it is silent."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, max_bytes: int | None = None) -> None:
         self.path = path
         self.failure: OSError | None = None
+        self._max_bytes = max_bytes
         try:
+            is_torn = _is_torn(path)
             self._file = path.open("ab")
+            if is_torn:  # what a killed process wrote last
+                self._file.write(b"\n")
         except OSError as error:
             raise LoraTrainerError(f"the log {path} cannot be written: {error.strerror}; nothing was started") from error
 
@@ -84,7 +88,7 @@ class Log:
         if self.failure is not None:
             return
         try:
-            if self._file.tell() + len(piece) > LOG_BYTES and self._file.tell():
+            if self._max_bytes is not None and self._file.tell() + len(piece) > self._max_bytes and self._file.tell():
                 self._file.close()
                 os.replace(self.path, self.path.with_name(self.path.name + ".1"))
                 self._file = self.path.open("ab")
@@ -97,6 +101,15 @@ class Log:
         """No more comes."""
         with contextlib.suppress(OSError):
             self._file.close()
+
+
+def _is_torn(path: Path) -> bool:
+    """Whether a file of lines ends within one."""
+    if not path.is_file() or not path.stat().st_size:
+        return False
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) != b"\n"
 
 
 class _Lines:

@@ -12,6 +12,7 @@ whose lease nobody living holds was killed: it is interrupted, and can be gone o
 
 from __future__ import annotations
 
+import asyncio
 import difflib
 import json
 import os
@@ -46,6 +47,7 @@ TRANSITIONS: dict[RunState, tuple[RunState, ...]] = {
 RUN_FILE, STATE_FILE, EVENTS_FILE, LEASE_FILE, LOG_FILE = "run.json", "state.json", "events.jsonl", "lease.json", "training.log"
 SECONDS_TO_STOP = 90.0
 KILLED = "its processes were killed"
+SWEEP = "a sweep of runs, which is over at once"
 
 
 class RunPlan(Frozen):
@@ -106,6 +108,8 @@ class Run:
     def status(self) -> RunStatus:
         """How far it is; `interrupted` when it was running and its processes are gone."""
         status = self._recorded()
+        newest = max((int(path.name.rpartition("-")[2]) for path in self.checkpoints.glob("step-*")), default=status.checkpoint)
+        status = status.model_copy(update={"checkpoint": newest})
         if status.state != "running" or self.is_held:
             return status
         return status.model_copy(update={"state": "interrupted", "pid": None, "eta_s": None, "message": KILLED})
@@ -115,6 +119,11 @@ class Run:
         """Whether processes work on it."""
         holder = read_holder(self.path / LEASE_FILE)
         return holder is not None and holder.is_alive
+
+    @property
+    def can_resume(self) -> bool:
+        """Whether it can be gone on with: a `train_script` of the user's own cannot."""
+        return self.plan.config.get("train_script") is None
 
     @property
     def lease(self) -> Lease:
@@ -141,9 +150,14 @@ class Run:
             "learn_model": plan.learn_model,
             "dataset": plan.dataset,
             "parent": plan.parent,
+            "can_resume": self.can_resume,
             "created_at": plan.created_at,
             **status.model_dump(mode="json", include={"loss", "eta_s", "tokens_per_s", "memory_mb", "checkpoint", "message", "updated_at"}),
         }
+
+    def tell_plan(self, plan: RunPlan) -> None:
+        """Write down what it is told: when it begins, and when `--force` has it go on otherwise."""
+        write_atomic(self.path / RUN_FILE, plan.model_dump_json(indent=2) + "\n")
 
     def move(self, state: RunState, **changes: Any) -> None:
         """Put it into `state`, durably. Raises LoraTrainerError for a transition that there is not."""
@@ -159,11 +173,11 @@ class Run:
         """How far it is now; what a power cut takes of this, the next one tells again."""
         self._write(status.model_copy(update={"updated_at": now_ms()}), durable=False)
 
-    def check_data(self) -> None:
-        """Raises LoraTrainerError when what it trains on is not what it was told any more."""
+    def check_data(self, *, force: bool = False) -> None:
+        """Raises LoraTrainerError when what it trains on is not what it was told any more; with `force` only when it is not there."""
         plan = self.plan
         for name, expected in (("train.jsonl", plan.data_sha256), ("held_out.jsonl", plan.held_out_sha256)):
-            if expected is None:
+            if expected is None or (force and (self.path / name).is_file()):
                 continue
             try:
                 found = file_sha256(self.path / name)
@@ -215,20 +229,28 @@ class Run:
     def sweep(self) -> None:
         """Mark it as interrupted when its processes were killed, and clean up what they left half written."""
         try:
-            recorded = self._recorded()
-            if recorded.state != "running" or self.is_held:
+            state = self._recorded().state
+            if state == "finished":
+                remove_checkpoints(self)
+            if state != "running" or self.is_held:
                 return
             lease = self.lease
-            lease.acquire(f"the sweep of {self.id}")
+            lease.acquire(SWEEP)
         except (LeaseHeld, OSError, LoraTrainerError):  # another's by now, or a folder that cannot be written to: it is shown as it is
             return
         try:
-            for name in (RUN_FILE, STATE_FILE):
-                remove_asides(self.path / name)
-            gone = {"state": "interrupted", "pid": None, "eta_s": None, "message": KILLED, "updated_at": now_ms()}
-            self._write(recorded.model_copy(update=gone), durable=True)
+            self.settle()
         finally:
             lease.release()
+
+    def settle(self) -> None:
+        """What `sweep` does, for whoever holds the lease: nobody else can be working on it."""
+        for name in (RUN_FILE, STATE_FILE):
+            remove_asides(self.path / name)
+        recorded = self._recorded()
+        if recorded.state == "running":
+            gone = {"state": "interrupted", "pid": None, "eta_s": None, "message": KILLED, "updated_at": now_ms()}
+            self._write(recorded.model_copy(update=gone), durable=True)
 
     def _recorded(self) -> RunStatus:
         """What its state file says; `running` when it has none yet, or one that cannot be read: who works on it tells then."""
@@ -247,11 +269,9 @@ class RunStore:
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
 
-    def begin(self, plan: RunPlan) -> Run:
-        """The run of `plan`, whose data lies in its folder already. From here on it is listed."""
-        run = Run(self.directory / plan.id)
-        write_atomic(run.path / RUN_FILE, plan.model_dump_json(indent=2) + "\n")
-        return run
+    def of(self, plan: RunPlan) -> Run:
+        """The run of `plan`, whose data lies in its folder already; it is listed from when its plan is told."""
+        return Run(self.directory / plan.id)
 
     def list_runs(self) -> list[Run]:
         """All runs whose plan can be read, oldest first, after a sweep."""
@@ -287,6 +307,21 @@ class RunStore:
             there = ", ".join(known[-5:]) or "none; start one with `loraloop train --base MODEL`"
             raise LoraTrainerError(f"{len(found) or 'no'} runs begin with {run_id!r} in {self.directory}; known: {there}.{hint}")
         return found[0]
+
+
+async def hold(run: Run) -> Lease:
+    """The lease of `run`, held; a sweep that has it just now is waited for. Raises LoraTrainerError when it is another's."""
+    lease = run.lease
+    for attempt in range(30):
+        try:
+            lease.acquire(f"run {run.id}")
+        except LeaseHeld as error:
+            if not str(error).startswith(SWEEP) or attempt == 29:
+                raise LoraTrainerError(f"another process works on {error}; watch it by `loraloop runs watch {run.id}`") from error
+            await asyncio.sleep(0.1)
+        else:
+            break
+    return lease
 
 
 def remove_checkpoints(run: Run) -> None:

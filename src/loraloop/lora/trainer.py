@@ -20,18 +20,18 @@ from pathlib import Path
 from typing import Any, Self
 
 from loraloop.episode import Episode, EpisodeFilter, now_ms
-from loraloop.errors import EmptyData, LeaseHeld, LoraTrainerError, ProcessFailed, ScriptNotFound, SettingsError, TrainingStopped
+from loraloop.errors import EmptyData, LoraTrainerError, ProcessFailed, ScriptNotFound, SettingsError, TrainingStopped
 from loraloop.files import file_sha256, json_line, write_jsonl
-from loraloop.lora.adapter import check_adapter, make_model, read_shape
+from loraloop.lora.adapter import check_adapter, find_parent, make_model
 from loraloop.lora.command import Paths, build_argv
 from loraloop.lora.config import LoraTrainerConfig, TrainOptions
 from loraloop.lora.listener import Listener
 from loraloop.lora.model import LoraModelId, TrainedModel
 from loraloop.lora.plain_thread import run_in_plain_thread
 from loraloop.lora.process import run_process
-from loraloop.lora.registry import LoraModelRegistry
+from loraloop.lora.registry import MODEL_FILE, LoraModelRegistry
 from loraloop.lora.report_to import Reporter, open_reporter
-from loraloop.lora.runs import LOG_FILE, Run, RunPlan, RunState, RunStore, remove_checkpoints
+from loraloop.lora.runs import LOG_FILE, Run, RunPlan, RunState, RunStore, hold, remove_checkpoints
 from loraloop.plugins import EpisodeStore, LearnModel, convert_all
 from loraloop.training_data import Method, Refusal, TrainingData, split_by_task
 from loraloop.training_record import TrainingEvent
@@ -136,7 +136,12 @@ class LoraTrainer:
         self._check_script()
         if not samples.training:
             raise EmptyData("No training data generated from episodes", samples.refused)
-        parent = self._find_parent()
+        parent, self._config = find_parent(self._config, self._options)
+        if self._options.early_stop is not None and not samples.held_out:
+            raise SettingsError(
+                f"early_stop={self._options.early_stop}: nothing is held out to stop by; it takes {self._options.held_out_min_tasks} tasks "
+                "or more, and a held_out_fraction above 0"
+            )
         model_id = LoraModelId.new()
         data_path = await asyncio.to_thread(self.write_training_data, samples.training, model_id)
         held_out_path = None
@@ -160,7 +165,7 @@ class LoraTrainer:
             refused=dict(samples.refused or {}),
             parent=parent,
         )
-        return await self._work_on(RunStore(self._config.data_dir).begin(plan), on_event)
+        return await self._work_on(RunStore(self._config.data_dir).of(plan), plan, on_event)
 
     @classmethod
     def of_run(cls, run: Run, episode_store: EpisodeStore, *, output_dir: Path, **changes: Any) -> Self:
@@ -186,30 +191,33 @@ class LoraTrainer:
             raise LoraTrainerError(f"{by}, which loraloop cannot go on with; start a new run")
         if run.status.state == "finished":
             raise LoraTrainerError(f"run {run.id} is finished; its model is {run.id}")
-        if not force:
-            await asyncio.to_thread(run.check_data)
-        return await self._work_on(run, on_event, resume=True, force=force)
+        await asyncio.to_thread(run.check_data, force=force)
+        plan = run.plan.model_copy(update={"config": self._config.to_dict(), "options": self._options.to_dict()})
+        return await self._work_on(run, plan, on_event, resume=True, force=force)
 
-    async def _work_on(self, run: Run, on_event: OnEvent | None, *, resume: bool = False, force: bool = False) -> TrainedModel:
+    async def _work_on(
+        self, run: Run, plan: RunPlan, on_event: OnEvent | None, *, resume: bool = False, force: bool = False
+    ) -> TrainedModel:
         """From a run that is planned to a model that is recorded; how it ended is in its state, whatever happens."""
-        lease = run.lease
-        try:
-            lease.acquire(f"run {run.id}")
-        except LeaseHeld as error:
-            raise LoraTrainerError(f"another process works on {error}; watch it by `loraloop runs watch {run.id}`") from error
-        with lease.kept():
+        lease = await hold(run)
+        listener = Listener(run, on_event)
+        with lease.kept(listener.lose):
+            run.settle()
+            if not resume or force:
+                run.tell_plan(plan)
             run.move("running")
-            reporters = self._open_reporters(run.plan)
-            listener = Listener(run, on_event, reporters)
+            reporters = self._open_reporters(plan)
             started = time.monotonic()
             try:
+                listener.open(reporters)
                 model = self._find_saved(run) if resume else None
                 if model is None:
                     log_path = run.path / LOG_FILE
-                    paths = Paths.of_run(run, Path(self._config.output_dir), self._parent_folder(run.plan), resume=resume, force=force)
-                    adapter_path = await self._train(paths, log_path, run.plan.method, listener)
-                    model = make_model(run.plan, adapter_path, time.monotonic() - started, log_path, base_model=self._config.base_model)
-                model = LoraModelRegistry(self._config.output_dir).save(model)
+                    paths = Paths.of_run(run, Path(self._config.output_dir), self._adapter_of(plan.parent), resume=resume, force=force)
+                    adapter_path = await self._train(paths, log_path, plan.method, listener)
+                    model = make_model(plan, adapter_path, time.monotonic() - started, log_path, base_model=self._config.base_model)
+                if model.adapter_sha256 is None:
+                    model = LoraModelRegistry(self._config.output_dir).save(model)
             except BaseException as error:
                 listener.close(_end_of(error, listener), error)
                 raise
@@ -223,6 +231,9 @@ class LoraTrainer:
         log.info("stage=done model=%s samples=%d seconds=%.1f adapter=%s", model.id, count, seconds, model.adapter_path)
         return model
 
+    def _adapter_of(self, model_id: LoraModelId | None) -> Path | None:
+        return None if model_id is None else LoraModelRegistry(self._config.output_dir).get(model_id).adapter_path
+
     def _open_reporters(self, plan: RunPlan) -> list[Reporter]:
         """One a service, all runs of a data_dir in one folder beside it."""
         made_of = plan.model_dump(mode="json", include={"learn_model", "method", "dataset", "parent", "sample_count", "data_sha256"})
@@ -232,45 +243,26 @@ class LoraTrainer:
         return [open_reporter(name, run_id=plan.id, settings=settings, folder=folder, lineage=made_of) for name in names]
 
     def _find_saved(self, run: Run) -> TrainedModel | None:
-        """The model of a run whose adapter is in place, but was not recorded: its trainer was killed in between."""
+        """The model of a run whose adapter is in place, recorded or not: its trainer was killed behind that."""
         adapter = Path(self._config.output_dir) / run.id
         if not adapter.exists():
             return None
+        if (adapter / MODEL_FILE).exists():
+            return LoraModelRegistry(self._config.output_dir).get(run.id)
         check_adapter(adapter, run.path / LOG_FILE, is_ours=True)
         return make_model(run.plan, adapter, None, run.path / LOG_FILE, base_model=self._config.base_model)
-
-    def _find_parent(self) -> LoraModelId | None:
-        """The model to continue from; its rank and alpha become the configuration's."""
-        wanted = self._options.continue_from
-        if wanted is None:
-            return None
-        if self._config.train_script is not None:
-            raise LoraTrainerError("continue_from is loraloop's own; a train_script is not told of it")
-        parent = LoraModelRegistry(self._config.output_dir).get(wanted)
-        rank, alpha = read_shape(parent.adapter_path)
-        defaults = LoraTrainerConfig()
-        for name, found in (("lora_rank", rank), ("lora_alpha", alpha)):
-            told = getattr(self._config, name)
-            if told not in (found, getattr(defaults, name)):
-                raise SettingsError(f"{name}={told:g}: {parent.id}, which is continued from, has {found:g}; leave it out, or give that")
-        self._config = self._config.replace(lora_rank=rank, lora_alpha=alpha)
-        return parent.id
-
-    def _parent_folder(self, plan: RunPlan) -> Path | None:
-        return None if plan.parent is None else LoraModelRegistry(self._config.output_dir).get(plan.parent).adapter_path
 
     async def check(self, samples: Samples, *, on_event: OnEvent | None = None) -> None:
         """Look whether a training on `samples` could start, and train nothing. Raises what stands in its way, all of it at once."""
         self._check_script()
-        self._find_parent()
+        parent, self._config = find_parent(self._config, self._options)
         with tempfile.TemporaryDirectory(prefix="loraloop-check-") as name:
             folder = Path(name)
             data_path, held_out_path = folder / "train.jsonl", folder / "held_out.jsonl" if samples.held_out else None
             _write_samples(data_path, samples.training)
             if held_out_path is not None:
                 _write_samples(held_out_path, samples.held_out)
-            parent = self._options.continue_from
-            adapter = LoraModelRegistry(self._config.output_dir).get(parent).adapter_path if parent else None
+            adapter = self._adapter_of(parent)
             output = Path(self._config.output_dir) / LoraModelId.new()
             argv = build_argv(self._config, self._options, Paths(data_path, output, held_out_path, adapter=adapter), samples.method)
             listener = Listener(None, on_event)

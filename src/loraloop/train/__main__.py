@@ -23,7 +23,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         with stop.listening():
             return _train(arguments, stop)
     except StopAsked:
+        if not stop.is_told:  # before the first step of this process
+            emit(TrainingEvent(event="stopped", step=_last_checkpoint(arguments)))
         return 128 + (stop.signal or 0)
+
+
+def _last_checkpoint(arguments: TrainArguments) -> int:
+    """The step of the newest checkpoint of an earlier process; 0 when there is none."""
+    found = arguments.checkpoints.glob("step-*") if arguments.checkpoints is not None else ()
+    return max((int(path.name.rpartition("-")[2]) for path in found), default=0)
 
 
 def _train(arguments: TrainArguments, stop: Stop) -> int:

@@ -94,15 +94,23 @@ class Checkpoints:
             raise LoraTrainerError(f"--checkpoints {self.folder} has those of another process; say --resume to go on with them")
         self.folder.mkdir(parents=True, exist_ok=True)
 
-    def read_identity(self) -> Identity | None:
-        """What the run is; None when it was killed before it said so."""
+    def read_identity(self, *, force: bool) -> Identity | None:
+        """What the run is; None when it was killed before it said so, or when `force` goes on although nobody can tell.
+
+        Raises LoraTrainerError when there are checkpoints and nothing tells what of.
+        """
+        path = self.folder / _IDENTITY
         try:
-            found = json.loads((self.folder / _IDENTITY).read_bytes())
+            found = json.loads(path.read_bytes())
             return Identity(dict(found["facts"]), {str(name): int(value) for name, value in found["plan"].items()})
-        except FileNotFoundError:
-            return None
         except (OSError, ValueError, TypeError, KeyError) as error:
-            raise LoraTrainerError(f"{self.folder / _IDENTITY} cannot be read: {error}; start a new run") from error
+            if not self._list():
+                return None
+            what = f"{path} cannot be read ({error}), so nobody can tell whether this is the run that the checkpoints are of"
+            if not force:
+                raise LoraTrainerError(f"{what}; put it back, start a new run, or go on all the same by --force") from error
+            self._warn(f"{what}; going on by --force")
+            return None
 
     def write_identity(self, identity: Identity) -> None:
         """Say what the run is."""

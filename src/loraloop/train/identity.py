@@ -33,6 +33,7 @@ def identify(arguments: TrainArguments, prepared: Prepared) -> Identity:
         "data": file_sha256(arguments.data),
         "held-out data": file_sha256(arguments.held_out) if arguments.held_out else None,
         "base model": prepared.base.sha256,
+        "base model's name": prepared.base.name,
         "adapter to go on from": adapter_hash(arguments.adapter),
         **{name: value for name, value in settings.items() if name[2:].replace("-", "_") not in _NOT_COMPARED},
         "device": prepared.device,

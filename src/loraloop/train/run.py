@@ -72,7 +72,7 @@ class _Training:
         arguments, prepared, emit = self.arguments, self.prepared, self.emit
         base, data, units = prepared.base, prepared.data, prepared.made.units
         checkpoints = self._open_checkpoints()
-        earlier = checkpoints.read_identity() if checkpoints and arguments.resume else None
+        earlier = checkpoints.read_identity(force=arguments.force) if checkpoints and arguments.resume else None
         unchanged = base_model.watch_files(base)
         model = base_model.load_model(base, prepared.dtype).to(prepared.device)
         model = start_adapter(model, arguments)
@@ -103,9 +103,10 @@ class _Training:
             with suppress(StopAsked):
                 keeper.save()
             emit(TrainingEvent(event="stopped", step=(checkpoints.last if checkpoints else None) or 0, steps=steps))
+            self.stop.is_told = True
             raise
         record = self._record(engine, history, before, after, seconds_before=seconds_before)
-        with self.stop.protected():
+        with self.stop.protected(is_last=True):
             self._save(model, record, checkpoints)
             emit(TrainingEvent(event="saved", message=str(arguments.output)))
         return record
@@ -125,7 +126,7 @@ class _Training:
             self.emit(TrainingEvent(event="note", message=f"going on behind step {progress.step}"))
             return Measure(**{"n_computed": 0, **progress.before}) if progress.before else None  # type: ignore[arg-type]
         if self.arguments.resume:
-            self.emit(TrainingEvent(event="note", message="there is no checkpoint yet: beginning anew, with the same outcome"))
+            self.emit(TrainingEvent(event="note", message="there is no whole checkpoint: beginning anew, with the same outcome"))
         before = self._measure(engine, measuring, "before")
         keeper.begin({"loss": before.loss, "accuracy": before.accuracy, "margin": before.margin} if before else None)
         return before

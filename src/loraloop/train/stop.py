@@ -1,8 +1,8 @@
 """How a training is told to end: SIGTERM and SIGINT, which it obeys at once, except while it writes or steps.
 
 The first signal raises StopAsked wherever the main thread is, the gradient of a step among it, or as soon as a protected part is over;
-what the step had computed is thrown away, and the state behind the last whole step is what a checkpoint keeps. The second signal ends
-the process on the spot, which loses no more than kill -9 does.
+what the step had computed is thrown away, and the state behind the last whole step is what a checkpoint keeps. Ctrl-C after that (SIGINT)
+ends the process on the spot, which loses no more than kill -9 does; SIGTERM again changes nothing.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ class Stop:
 
     def __init__(self) -> None:
         self.signal: int | None = None
+        self.is_told = False
+        """Whether an event has told that it stops."""
         self._protected = 0
 
     @contextmanager
@@ -44,17 +46,20 @@ class Stop:
         os.kill(os.getpid(), signal.SIGTERM)
 
     @contextmanager
-    def protected(self) -> Iterator[None]:
-        """A part that is done whole; StopAsked is raised behind it when it was asked for meanwhile and the part went well."""
+    def protected(self, *, is_last: bool = False) -> Iterator[None]:
+        """A part that is done whole; behind it StopAsked is raised when it was asked for meanwhile, unless nothing follows."""
         self._protected += 1
         try:
             yield
         finally:
             self._protected -= 1
-        self.check()
+        if not is_last:
+            self.check()
 
     def _hear(self, number: int, _frame: object) -> None:
         if self.signal is not None:
-            os._exit(128 + number)
+            if number == signal.SIGINT:
+                os._exit(128 + number)
+            return
         self.signal = number
         self.check()
