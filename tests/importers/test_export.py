@@ -108,7 +108,7 @@ def test_a_block_that_was_tampered_with_is_refused(store, write):
 
 
 def test_atif_validates_under_its_own_models(fixtures, store):
-    atif = pytest.importorskip("atif", reason="the package atif is not installed (extra test)")
+    atif = pytest.importorskip("atif", reason="the package atif is not installed (extra dev)")
     for path in iter_files([fixtures]):
         ingest_file(store, path)
     for episode in [TRICKY, *store.query()]:
@@ -116,7 +116,7 @@ def test_atif_validates_under_its_own_models(fixtures, store):
 
 
 def test_an_independent_reader_reads_the_same(shared_data, tmp_path):
-    agentpile = pytest.importorskip("agentpile", reason="the package agentpile is not installed (extra test)")
+    agentpile = pytest.importorskip("agentpile", reason="the package agentpile is not installed (extra dev)")
     for path in sorted((shared_data / "atif").rglob("*.json")):
         fresh = InMemoryEpisodeStore()
         ingest_file(fresh, path)
