@@ -10,12 +10,14 @@ import signal
 import pytest
 
 from loraloop import errors
-from loraloop.errors import EmptyData, LoraLoopError, ProcessFailed, ScriptNotFound
+from loraloop.errors import CannotStart, EmptyData, LoraLoopError, ProcessFailed, ScriptNotFound, TrainingStopped
 
 EXAMPLES = {
     "EmptyData": EmptyData("nothing left", {"outcome_failure": 3}),
     "ScriptNotFound": ScriptNotFound("lora/train.py"),
     "ProcessFailed": ProcessFailed(-9, "last words", "training.log", "a reason"),
+    "CannotStart": CannotStart(["BaseModelError: no such folder", "the disk is full"]),
+    "TrainingStopped": TrainingStopped("lora-1", 3, 9),
 }
 
 
