@@ -16,6 +16,7 @@ LAYERS = [
     {"importers", "label", "learn", "dataset", "data_report", "lora", "train", "evaluate"},
     {"pipeline", "retention"},
     {"project"},
+    {"doctor"},
     {"cli"},
 ]
 """From the bottom up. A module imports from the layers below its own, and from its own part; the lowest layer also from itself."""
