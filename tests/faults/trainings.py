@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import multiprocessing
 import os
 import signal
 import time
@@ -14,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from forked import SERVER
+
 SETTINGS = ["--rank=4", "--alpha=8", "--dropout=0.1", "--epochs=3", "--batch-size=2", "--grad-accum=2", "--lr=0.01", "--max-seq-length=200"]
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["loraloop.train.run", "transformers.models.llama.modeling_llama", "peft"])
 
 STARTED: list[Any] = []
 """Whatever a test leaves of these is ended after it; a halted one would hold the device, and the end of the tests, for ever."""
