@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import signal
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,9 @@ import pytest
 from tiny import make_model
 
 os.environ["LORALOOP_LEASES"] = tempfile.mkdtemp(prefix="loraloop-leases-")  # a training beside the tests is none of theirs
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in the background of a shell, which the processes of tests would inherit
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 REPO = Path(__file__).resolve().parent.parent
 
