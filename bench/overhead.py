@@ -25,7 +25,7 @@ from bench.recordings import DEFAULT_DATA, read_samples, write_generated
 from bench.train import find_smollm2
 from loraloop.files import json_line, write_json
 
-BATCH = ("--batch-size=2", "--grad-accum=2", "--max-seq-length=512", "--epochs=1000")
+BATCH = ("--batch-size=1", "--grad-accum=1", "--max-seq-length=2048", "--epochs=1000")
 
 
 def main() -> int:

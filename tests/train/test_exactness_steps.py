@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -103,6 +104,7 @@ def test_the_training_process_writes_the_adapter_of_the_dense_engine(tiny_model:
             [sys.executable, "-m", "loraloop.train", *fixed, *size, "--engine", engine, "--output", tmp_path / engine],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
+            env={**os.environ, "LORALOOP_LEASES": str(tmp_path / f"leases-{engine}")},  # side by side
         )
         for engine in ("tree", "dense")
     }

@@ -139,7 +139,8 @@ def training(base: Path, folder: Path, *lines: dict[str, Any], more: tuple[str, 
         *arguments(base, write_data(folder / "work", *lines), folder / "work" / "out", *more),
     ]
     with counting_hub() as (hub, came), (folder / "stdout").open("wb") as out, (folder / "stderr").open("wb") as err:
-        process = subprocess.Popen(command, stdout=out, stderr=err, env={**os.environ, **hub, "PYTHONHASHSEED": "1"}, cwd=folder / "work")
+        apart = {"PYTHONHASHSEED": "1", "LORALOOP_LEASES": str(folder / "leases")}  # they run side by side, as users' must not
+        process = subprocess.Popen(command, stdout=out, stderr=err, env={**os.environ, **hub, **apart}, cwd=folder / "work")
         try:
             yield Started(process, folder, base, came)
         finally:
