@@ -8,6 +8,9 @@
     ├── BaseModelError                    a base model that cannot be had or used
     ├── RenderError (ValueError)          a chat template that cannot render an episode exactly
     ├── EvaluationError                   a play or a measurement that cannot go on
+    ├── ServingError                      a version that cannot be served, a server that does not do what it must
+    │   ├── UnknownModel                  a name that nobody answers to
+    │   └── NothingServes                 nobody answers now
     ├── LeaseHeld                         another process uses what only one may: a device, a run
     └── LoraTrainerError
         ├── EmptyData                     nothing to train on, with the counts by reason
@@ -63,6 +66,18 @@ class RenderError(LoraLoopError, ValueError):
 
 class EvaluationError(LoraLoopError):
     """A play or a measurement cannot go on."""
+
+
+class ServingError(LoraLoopError):
+    """A version cannot be served, or a server does not do what it must."""
+
+
+class UnknownModel(ServingError):
+    """Nobody answers to the name of a model that was asked for."""
+
+
+class NothingServes(ServingError):
+    """The name is known, and nobody answers to it at the moment."""
 
 
 class LeaseHeld(LoraLoopError):

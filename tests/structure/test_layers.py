@@ -13,7 +13,7 @@ LAYERS = [
     {"errors", "ids", "files", "lease", "episode", "training_data", "training_record"},
     {"settings", "plugins", "chat", "base_model"},
     {"store"},
-    {"importers", "label", "learn", "dataset", "data_report", "lora", "train", "evaluate"},
+    {"importers", "label", "learn", "dataset", "data_report", "lora", "train", "evaluate", "serve"},
     {"pipeline", "retention"},
     {"project"},
     {"doctor"},
@@ -21,7 +21,7 @@ LAYERS = [
 ]
 """From the bottom up. A module imports from the layers below its own, and from its own part; the lowest layer also from itself."""
 ANYWHERE = {"__init__", "__main__", "testing"}
-DEFERRED = {"alembic", "detect_secrets", "torch", "transformers", "peft", "ray", "vllm", "matplotlib", "scipy", "huggingface_hub", "psutil"}
+DEFERRED = {"alembic", "detect_secrets", "torch", "transformers", "peft", "ray", "vllm", "matplotlib", "scipy", "huggingface_hub", "psutil", "starlette", "uvicorn", "httpx2"}
 """What may be imported inside a function, besides our own modules in the command line."""
 
 
