@@ -21,7 +21,22 @@ LAYERS = [
 ]
 """From the bottom up. A module imports from the layers below its own, and from its own part; the lowest layer also from itself."""
 ANYWHERE = {"__init__", "__main__", "testing"}
-DEFERRED = {"alembic", "detect_secrets", "torch", "transformers", "peft", "ray", "vllm", "matplotlib", "scipy", "huggingface_hub", "psutil", "starlette", "uvicorn", "httpx2"}
+DEFERRED = {
+    "alembic",
+    "detect_secrets",
+    "torch",
+    "transformers",
+    "peft",
+    "ray",
+    "vllm",
+    "matplotlib",
+    "scipy",
+    "huggingface_hub",
+    "psutil",
+    "starlette",
+    "uvicorn",
+    "httpx2",
+}
 """What may be imported inside a function, besides our own modules in the command line."""
 
 
