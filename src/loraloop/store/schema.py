@@ -14,7 +14,7 @@ from sqlalchemy.types import TypeDecorator, TypeEngine
 
 from loraloop.files import content_hash
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 """What this loraloop writes; in `loraloop_schema`, and in SQLite's `user_version` too, where version 1 looks."""
 MAX_INDEXED_BYTES = 400
 """PostgreSQL indexes no text of more than 2,700 bytes, and three of them are in one entry."""
@@ -97,6 +97,24 @@ tombstones = Table(
     Column("digest", LargeBinary, nullable=False),
     Column("forgotten_at", BigInteger, nullable=False),
 )
+events = Table(
+    "events",
+    metadata,
+    Column("number", SEQUENCE, primary_key=True, autoincrement=True),
+    Column("at", BigInteger, nullable=False),
+    Column("kind", FilterText, nullable=False),
+    Column("subject", FilterText, nullable=False),
+    Column("data", Text, nullable=False),  # JSON
+    Index("events_by_subject", "subject", "number"),
+)
+notes = Table(
+    "notes",
+    metadata,
+    Column("name", FilterText, primary_key=True),
+    Column("edition", BigInteger, nullable=False),
+    Column("data", Text, nullable=False),  # JSON
+)
+ADDED_IN_3 = (events, notes)
 generation = Table("generation", metadata, Column("value", BigInteger, primary_key=True, autoincrement=False))
 """One row, which grows whenever something was forgotten: what a process knows to be there is then asked for again."""
 version = Table("loraloop_schema", metadata, Column("version_num", String(32), primary_key=True))

@@ -18,6 +18,7 @@ from loraloop.episode import Episode, EpisodeDto, EpisodeFilter, Label
 from loraloop.errors import StoreError
 from loraloop.store.database import Database
 from loraloop.store.labelling import recorded_label
+from loraloop.store.ledger import Ledger
 from loraloop.store.parts import Unpacker, decode, split_keys
 from loraloop.store.postgres import SCHEMES, PostgresDatabase
 from loraloop.store.rows import chunks, conditions
@@ -45,6 +46,8 @@ class SqlEpisodeStore:
         is_server = isinstance(path_or_url, str) and path_or_url.partition("://")[0] in SCHEMES
         self._database: Database = PostgresDatabase(str(path_or_url)) if is_server else SqliteDatabase(path_or_url)
         self._writer = Writer(self._database)
+        self.ledger = Ledger(self._database)
+        """What happened to the loop round these episodes, and what it must not forget."""
         try:
             self._database.prepare()
         except BaseException:

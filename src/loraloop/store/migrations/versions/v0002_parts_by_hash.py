@@ -1,6 +1,6 @@
 """Version 2: large parts of episodes are kept once, by hash; labels and tombstones.
 
-While 2 is the newest version, its tables are those of `schema.py`; whoever makes a version 3 freezes a copy of them here.
+Its tables are those of `schema.py` but for what version 3 adds; whoever changes one of them freezes a copy of them here.
 """
 
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ def upgrade() -> None:
     if connection.dialect.name == "postgresql":  # where indexes of constraints keep their names
         op.execute("ALTER INDEX episodes_pkey RENAME TO episodes_1_pkey")
         op.execute("ALTER INDEX episodes_id_key RENAME TO episodes_1_id_key")
-    others = [table for table in schema.metadata.sorted_tables if table is not schema.version]
+    others = [table for table in schema.metadata.sorted_tables if table not in (schema.version, *schema.ADDED_IN_3)]
     schema.metadata.create_all(connection, tables=others)
     connection.execute(schema.generation.insert().values(value=0))
     old = sa.table("episodes_1", sa.column("seq"), sa.column("id"), sa.column("body"))
