@@ -34,6 +34,8 @@ class Policy(Frozen):
     """The chance of a decision with the tasks that are said to be needed, if the difference is what is assumed."""
     guards: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
     """Metrics that must not fall, each with the fall that is borne, in its own unit; higher is better."""
+    required: tuple[Literal["contamination", "probes"], ...] = ("contamination", "probes")
+    """What must have been looked at: otherwise a candidate is held."""
     seed: int = Field(default=0, ge=0)
     """Of the random subsets of tasks for graded scores."""
 
@@ -47,6 +49,8 @@ class Finding(Frozen):
     """What the candidate would become by this alone."""
     message: str
     """What was found, and the way out where there is one."""
+    more_tasks: int | None = None
+    """With hold: so many more tasks are likely to decide it; None where tasks do not help."""
 
 
 class Override(Frozen):
