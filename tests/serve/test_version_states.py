@@ -17,7 +17,7 @@ LEGAL = {
     "live": {"draining", "failed"},
     "draining": {"stopped", "live", "canary", "failed"},
     "stopped": {"starting"},
-    "failed": {"starting", "stopped"},
+    "failed": {"starting"},
 }
 """Written out once more, so that a change of the table is a change of this too."""
 

@@ -48,6 +48,12 @@ class Served(Frozen):
     at: int = 0
     """When it last changed, in Unix milliseconds."""
 
+    @property
+    def versions(self) -> tuple[Version, ...]:
+        """What should be up: the one that answers, then the one on trial."""
+        canary = () if self.canary is None else (self.canary.version,)
+        return canary if self.version is None else (self.version, *canary)
+
     def moved_to(self, version: Version) -> Served:
         """The same alias with `version` live, and what was live as the first to roll back to."""
         before = () if self.version is None else (self.version,)

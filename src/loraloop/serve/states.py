@@ -67,7 +67,6 @@ TRANSITIONS = (
     Transition(_S.DRAINING, _S.FAILED, "it died"),
     Transition(_S.STOPPED, _S.STARTING, "a rollback to it"),
     Transition(_S.FAILED, _S.STARTING, "it is tried again"),
-    Transition(_S.FAILED, _S.STOPPED, "it is not wanted any more"),
 )
 _ALLOWED = {(step.before, step.state) for step in TRANSITIONS}
 
