@@ -28,6 +28,7 @@ COMMANDS = [
     ["prune"],
     ["build"],
     ["train"],
+    ["evaluate"],
     *([noun, verb] for noun in ("episodes", "datasets", "models") for verb in ("list", "show")),
     ["models", "delete"],
     ["export"],

@@ -19,6 +19,8 @@ from loraloop.data_report.findings import Findings, ReportOptions
 from loraloop.dataset import Dataset, DatasetSettings, list_datasets, list_folders, open_dataset
 from loraloop.episode import CONVERSATION, EpisodeFilter, Label
 from loraloop.errors import DatasetError, StoreError
+from loraloop.evaluate.result import Evaluation
+from loraloop.evaluation import EvaluationOptions, Evaluator
 from loraloop.importers.ingest import IngestReport
 from loraloop.importers.scores import ScoreRule
 from loraloop.label import LabelReport, label_from
@@ -180,6 +182,27 @@ class Project:
         run = self.runs.get(run_id)
         trainer = LoraTrainer.of_run(run, self.store, output_dir=self.directory / "models", **changes)
         return pipeline.resume(trainer, run, on_event, force=force)
+
+    def evaluate(self, model_id: str, against: str = "live", options: EvaluationOptions | None = None) -> Evaluation:
+        """Measure a model against another side on the same tasks: `live`, `base`, another model, or NAME@URL; kept in `evaluations/`.
+
+        What was measured already is read, and what was cut off goes on. Raises SettingsError, EvaluationError, LoraTrainerError.
+        """
+        return self._evaluator.run(model_id, against, options or EvaluationOptions())
+
+    def list_evaluations(self) -> list[Evaluation]:
+        """The finished evaluations, the newest last. Raises EvaluationError when one is damaged."""
+        return self._evaluator.list_evaluations()
+
+    @property
+    def _evaluator(self) -> Evaluator:
+        return Evaluator(self.directory / "evaluations", self.registry, self._find_base)
+
+    def _find_base(self, model: TrainedModel) -> str:
+        """Where a model's base model was when it was trained: what the run was told, else how the model names it."""
+        known = {run.id: run for run in self.runs.list_runs()}
+        run = known.get(model.run or "")
+        return str(run.plan.config["base_model"]) if run else model.base_model
 
     def list_datasets(self) -> list[Dataset]:
         """The datasets, the one that was built last at the end. Raises DatasetError when one is damaged."""

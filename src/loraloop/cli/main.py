@@ -17,7 +17,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from loraloop.cli import browse, build, doctor, export, ingest, label, retention, runs, train
+from loraloop.cli import browse, build, doctor, evaluate, export, ingest, label, retention, runs, train
 from loraloop.errors import LoraLoopError
 
 app = typer.Typer(
@@ -30,10 +30,11 @@ app = typer.Typer(
     "\b\nloraloop ingest runs/           read recorded runs into a project\n"
     "loraloop build                  freeze a dataset from the episodes that ended well\n"
     "loraloop train --base MODEL     train an adapter on it\n"
+    "loraloop evaluate latest        whether it is better than what is live\n"
     "loraloop runs watch latest      how a training goes, from any terminal\n"
     "loraloop models list            what has been trained",
 )
-for command in (ingest, label, build, train, runs, browse, export, retention, doctor):
+for command in (ingest, label, build, train, evaluate, runs, browse, export, retention, doctor):
     command.register(app)
 
 
