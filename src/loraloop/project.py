@@ -153,11 +153,15 @@ class Project:
         method: Method | None = None,
         options: TrainOptions | None = None,
         on_event: OnEvent | None = None,
+        model_id: LoraModelId | None = None,
     ) -> TrainedModel:
-        """Train on the dataset with this id, without one the newest that `method` trains. All files go into this project."""
+        """Train on the dataset with this id, without one the newest that `method` trains. All files go into this project.
+
+        The model gets `model_id`, or a new one; there is never a second training of one id.
+        """
         config = config.replace(output_dir=self.directory / "models", data_dir=self.directory / "runs")
         chosen = self.get_dataset(dataset) if dataset is not None or method is None else self._get_newest(method)
-        return pipeline.train(self.store, chosen, config, options, on_event, method=method)
+        return pipeline.train(self.store, chosen, config, options, on_event, method=method, model_id=model_id)
 
     def check_training(
         self,

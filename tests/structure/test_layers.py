@@ -11,10 +11,12 @@ SOURCE = Path(__file__).parents[2] / "src" / "loraloop"
 
 LAYERS = [
     {"errors", "ids", "files", "guard", "log_file", "lease", "episode", "training_data", "training_record"},
-    {"settings", "plugins", "chat", "base_model"},
+    {"plugins", "chat", "base_model"},
     {"store"},
     {"importers", "label", "learn", "dataset", "data_report", "lora", "train", "evaluate", "serve"},
     {"pipeline", "retention", "evaluation", "trigger"},
+    {"settings"},
+    {"daemon"},
     {"project"},
     {"doctor"},
     {"cli"},
