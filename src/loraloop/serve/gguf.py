@@ -98,7 +98,7 @@ def write_adapter(adapter: Path, base: GgufBase, target: Path, *, version: str =
         for pair in read_adapter(adapter).pairs:
             name = _find_target(pair.module, base)
             writer.add_tensor(f"{name}.lora_a", pair.a)
-            writer.add_tensor(f"{name}.lora_b", _place_rows(np.float32(pair.scale) * pair.b, str(name), base))
+            writer.add_tensor(f"{name}.lora_b", _place_rows(_fold(pair), str(name), base))
         write_out(writer)
 
 
@@ -116,6 +116,12 @@ def permute_rows(weight: npt.NDArray[Any], n_heads: int) -> npt.NDArray[Any]:
     """The rows of each head in the order that GGUF has for Llama: pairs that are rotated together side by side. (rows, …) -> the same."""
     halves = weight.reshape(n_heads, 2, weight.shape[0] // n_heads // 2, *weight.shape[1:])
     return np.ascontiguousarray(halves.swapaxes(1, 2).reshape(weight.shape))
+
+
+def _fold(pair: LoraPair) -> FloatArray:
+    """B times its scale. (out, rank); infinite where it does not fit into a float32."""
+    with np.errstate(over="ignore"):
+        return np.asarray(np.float32(pair.scale) * pair.b)
 
 
 def _place_rows(b: FloatArray, name: str, base: GgufBase) -> FloatArray:
@@ -149,14 +155,14 @@ def _check_pair(pair: LoraPair, base: GgufBase) -> Iterator[str]:
         yield f"it adapts {pair.module}, which is no linear layer"
     elif (found := (pair.b.shape[0], pair.a.shape[1])) != base.shapes[name]:
         yield f"{pair.module} is for a layer of shape {found}, and this base model's is {base.shapes[name]}; it is of another base model"
-    elif not np.isfinite(np.float32(pair.scale) * pair.b).all():
+    elif not np.isfinite(_fold(pair)).all():
         yield f"{pair.module} times its scale {pair.scale:g} is not finite"
 
 
 def _find_gaps(read: PeftAdapter, base: GgufBase) -> Iterator[str]:
     """Modules that the adapter names as its targets and has no matrices of: what was trained would be served in part."""
     targets = read.config.get("target_modules")
-    if not isinstance(targets, list) or not read.pairs:
+    if not isinstance(targets, list) or read.findings:  # or what is wrong with a module would be told twice
         return
     picked = any(read.config.get(name) for name in ("layers_to_transform", "exclude_modules"))
     for target in targets:

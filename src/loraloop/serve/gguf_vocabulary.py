@@ -10,8 +10,9 @@ from typing import Any
 import gguf
 import tokenizers
 
-_QWEN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"  # one piece
-_LLAMA_3 = _QWEN.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
+QWEN_CUTS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+LLAMA_3_CUTS = QWEN_CUTS.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
+"""How Qwen2 and Llama 3 cut text before merging: their tokenizers state these very expressions."""
 
 
 def add_vocabulary(writer: Any, folder: Path, n_tokens: int) -> None:
@@ -62,8 +63,8 @@ def _name_cutting(pre_tokenizer: Any, *, has_merges: bool) -> str:
         return "smollm"
     if kinds == ["Split", "ByteLevel"] and not steps[1].get("use_regex", True):
         pattern = (steps[0].get("pattern") or {}).get("Regex")
-        if pattern in {_QWEN, _LLAMA_3} and steps[0].get("behavior") == "Isolated":
-            return "qwen2" if pattern == _QWEN else "llama-bpe"
+        if pattern in {QWEN_CUTS, LLAMA_3_CUTS} and steps[0].get("behavior") == "Isolated":
+            return "qwen2" if pattern == QWEN_CUTS else "llama-bpe"
     raise ValueError(f"its tokenizer cuts text in a way ({' and '.join(map(str, kinds))}) that is not proven to be llama.cpp's")
 
 
