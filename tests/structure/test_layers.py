@@ -14,7 +14,7 @@ LAYERS = [
     {"settings", "plugins", "chat", "base_model"},
     {"store"},
     {"importers", "label", "learn", "dataset", "data_report", "lora", "train", "evaluate", "serve"},
-    {"pipeline", "retention"},
+    {"pipeline", "retention", "serving"},
     {"project"},
     {"doctor"},
     {"cli"},
