@@ -32,6 +32,9 @@ COMMANDS = [
     *([noun, verb] for noun in ("episodes", "datasets", "models") for verb in ("list", "show")),
     ["models", "delete"],
     ["export"],
+    ["apply"],
+    ["rollback"],
+    ["serve", "status"],
 ]
 
 

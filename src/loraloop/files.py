@@ -54,10 +54,11 @@ def hash_listing(hashes: Mapping[str, str]) -> str:
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
-def write_atomic(path: Path, text: str, *, durable: bool = True) -> None:
+def write_atomic(path: Path, text: str, *, durable: bool = True, mode: int = 0o644) -> None:
     """Write `text` so that `path` holds either its old content or all of the new; when `durable`, after a power cut too.
 
-    A lone surrogate, which UTF-8 cannot hold (a cut-off emoji leaves one), is written as the escape that JSON has for it.
+    A lone surrogate, which UTF-8 cannot hold (a cut-off emoji leaves one), is written as the escape that JSON has for it. At no moment
+    may anybody read it whom `mode` does not let.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, aside = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
@@ -67,7 +68,7 @@ def write_atomic(path: Path, text: str, *, durable: bool = True) -> None:
             if durable:
                 file.flush()
                 os.fsync(file.fileno())
-        os.chmod(aside, 0o644)
+        os.chmod(aside, mode)
         os.replace(aside, path)
     except BaseException:
         Path(aside).unlink(missing_ok=True)

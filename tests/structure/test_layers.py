@@ -14,7 +14,7 @@ LAYERS = [
     {"plugins", "chat", "base_model"},
     {"store"},
     {"importers", "label", "learn", "dataset", "data_report", "lora", "train", "evaluate", "serve"},
-    {"pipeline", "retention", "evaluation", "trigger"},
+    {"pipeline", "retention", "evaluation", "trigger", "serving"},
     {"settings"},
     {"daemon"},
     {"project"},

@@ -54,6 +54,11 @@ class Served(Frozen):
         canary = () if self.canary is None else (self.canary.version,)
         return canary if self.version is None else (self.version, *canary)
 
+    def find_previous(self, to: str | None) -> Version | None:
+        """What can be gone back to by a version's name, its digits, or a model's id; the last one for None."""
+        matching = (each for each in self.previous if to is None or to in (each.name, each.model_id, each.name.partition("@")[2]))
+        return next(matching, None)
+
     def moved_to(self, version: Version) -> Served:
         """The same alias with `version` live, and what was live as the first to roll back to."""
         before = () if self.version is None else (self.version,)

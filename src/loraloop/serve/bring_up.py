@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from loraloop.errors import ServingError
@@ -23,6 +24,17 @@ KEPT_ENDED = 20
 """So many versions that have ended are still shown."""
 PRESENT = ANSWERING | {VersionState.PROVEN, VersionState.DRAINING}
 """Proven before, and not taken away."""
+
+
+@dataclass
+class Retry:
+    """When a version that died is started again."""
+
+    at: float
+    """On the clock `time.monotonic`."""
+    wait: float
+    """How long the wait before it was, in seconds."""
+    running: bool = False
 
 
 class Loader:
@@ -74,7 +86,8 @@ class Loader:
         return loaded
 
     async def _start(self, loaded: Loaded) -> None:
-        findings = [] if loaded.version.name == self.applier.base.name else self.applier.check(loaded.version)
+        is_base = loaded.version.name == self.applier.base.name
+        findings = [] if is_base else await asyncio.to_thread(self.applier.check, loaded.version)  # may read large files
         if findings:
             raise ServingError("; ".join(findings))
         loaded.endpoint = await self.applier.start(loaded.version)

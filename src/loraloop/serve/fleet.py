@@ -12,14 +12,13 @@ import re
 import time
 from collections import defaultdict
 from collections.abc import Coroutine
-from dataclasses import dataclass, field
 from typing import Any, Self
 
 from loraloop.episode import Outcome
 from loraloop.errors import NothingServes, ServingError, UnknownModel
 from loraloop.serve.aliases import AliasFile, AliasTable, CanaryShare, Served, make_move
 from loraloop.serve.applier import ALIAS_FORM, BASE, Applier, Version
-from loraloop.serve.bring_up import Loader
+from loraloop.serve.bring_up import Loader, Retry
 from loraloop.serve.canary import Trial, is_in_canary, score_of
 from loraloop.serve.fleet_status import AliasStatus, ApplyReport, FleetSettings, FleetStatus, describe, describe_alias, name_both, name_of
 from loraloop.serve.loaded import Loaded, OpenTicket
@@ -27,15 +26,6 @@ from loraloop.serve.proof import Prove
 from loraloop.serve.states import ANSWERING, VersionState
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class _Retry:
-    """When a version that died is started again."""
-
-    at: float
-    wait: float
-    running: bool = field(default=False)
 
 
 class Fleet:
@@ -49,11 +39,16 @@ class Fleet:
         self._table = AliasTable()
         self._turns: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._trials: dict[str, Trial] = {}
-        self._retries: dict[str, _Retry] = {}
+        self._retries: dict[str, Retry] = {}
         self._problems: dict[str, str] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
         self._wake = asyncio.Event()
         self._closing = False
+
+    @property
+    def base(self) -> Version:
+        """The base model alone."""
+        return self._applier.base
 
     # --- Routes ---------------------------------------------------------------------------------------------------------------
 
@@ -78,11 +73,11 @@ class Fleet:
     def list_names(self) -> dict[str, str]:
         """See `routing.Routes`; only names that somebody answers to."""
         answering = {each.version.name: each.version.name for each in self._loader if each.state in ANSWERING}
-        names = {BASE: self._applier.base.name, **{alias: served.version.name for alias, served in self._aliases() if served.version}}
+        names = {BASE: self.base.name, **{alias: served.version.name for alias, served in self._aliases() if served.version}}
         return {**{alias: name for alias, name in sorted(names.items()) if name in answering}, **answering}
 
     def _acquire_by_name(self, model: str) -> OpenTicket:
-        loaded = self._loader.find(self._applier.base.name if model == BASE else model)
+        loaded = self._loader.find(self.base.name if model == BASE else model)
         if loaded is not None and loaded.state in ANSWERING:
             return loaded.open_ticket(model, on_end=self._end)
         if loaded is not None:
@@ -171,12 +166,12 @@ class Fleet:
         served = self._get_served(alias)
         if served.canary is not None and to is None:
             return await self._end_trial(alias, why)
-        wanted = [each for each in served.previous if to is None or to in (each.name, each.model_id) or each.name == f"{alias}@{to}"]
-        if not wanted:
+        wanted = served.find_previous(to)
+        if wanted is None:
             known = ", ".join(name_both(each) for each in served.previous) or "nothing"
             what = "what answered before" if to is None else repr(to)
             raise ServingError(f"{alias!r} cannot go back to {what}; it can to: {known}")
-        return await self._apply(wanted[0], alias, None, why, "rollback")
+        return await self._apply(wanted, alias, None, why, "rollback")
 
     async def _end_trial(self, alias: str, why: str) -> ApplyReport:
         served = self._get_served(alias)
@@ -214,7 +209,7 @@ class Fleet:
 
     def _settle(self) -> None:
         """Give every version the state that the table wants for it; nothing here waits."""
-        roles = {self._applier.base.name: VersionState.LIVE}
+        roles = {self.base.name: VersionState.LIVE}
         for alias, served in self._aliases():
             if served.canary:
                 roles[served.canary.version.name] = VersionState.CANARY
@@ -244,7 +239,7 @@ class Fleet:
         """
         self._table = self._file.read()
         self._note("aliases", self._table.problem)
-        await self._loader.bring_up(self._applier.base)
+        await self._loader.bring_up(self.base)
         self._settle()
         for alias, served in self._aliases():
             for version in served.versions:
@@ -303,7 +298,7 @@ class Fleet:
             if served.canary and served.canary.version.name == name:
                 self._spawn(self._take_canary_back(alias, name, "it died"))
         if self._find_version(name) is not None:
-            self._retries[name] = _Retry(time.monotonic() + self.settings.first_wait_seconds, self.settings.first_wait_seconds)
+            self._retries[name] = Retry(time.monotonic() + self.settings.first_wait_seconds, self.settings.first_wait_seconds)
 
     async def _take_canary_back(self, alias: str, name: str, reason: str) -> None:
         """End the trial of the canary of that name, if it goes on still."""
@@ -332,7 +327,7 @@ class Fleet:
                         self._spawn(self._take_canary_back(alias, name, str(error)))
                 last = self._retries.get(name)
                 wait = min(last.wait * 2, self.settings.last_wait_seconds) if last else self.settings.first_wait_seconds
-                self._retries[name] = _Retry(time.monotonic() + wait, wait)
+                self._retries[name] = Retry(time.monotonic() + wait, wait)
                 self._note(name, f"{error}; tried again in {wait:g} s")
             else:
                 self._retries.pop(name, None)
@@ -360,7 +355,7 @@ class Fleet:
         """How everything stands."""
         return FleetStatus(
             applier=self._applier.name,
-            base=self._applier.base.name,
+            base=self.base.name,
             aliases={alias: self._alias_status(alias, served) for alias, served in self._aliases()},
             versions=tuple(sorted((each.status() for each in self._loader), key=lambda each: each.since)),
             problems=tuple(self._problems.values()),
@@ -382,8 +377,8 @@ class Fleet:
 
     def _find_version(self, name: str) -> Version | None:
         """The version of that name, when something should answer with it."""
-        if name == self._applier.base.name:
-            return self._applier.base
+        if name == self.base.name:
+            return self.base
         return next((each for _, served in self._aliases() for each in served.versions if each.name == name), None)
 
     def _note(self, subject: str, problem: str | None) -> None:
