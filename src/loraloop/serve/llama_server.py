@@ -57,7 +57,7 @@ class LlamaCppSettings(Frozen):
     request_seconds: float = Field(default=120.0, gt=0)
     """How long the answer to one probe prompt may take."""
     reproducible: bool = False
-    """The same bytes for the same greedy request: one request at a time, each prompt computed anew. Slower; for proofs and tests."""
+    """The same bytes for the same greedy request: one request at a time, each prompt computed anew, attention in float32. Slower."""
     base_dtype: GgufDtype = "auto"
     """The type of the weights when a folder is converted: `auto` as they are stored, float32, float16 or bfloat16."""
 
@@ -203,6 +203,7 @@ class LlamaCppApplier:
             n_parallel=n_parallel,
             n_ctx=n_parallel * self._settings.n_ctx,
             n_threads=self._settings.n_threads,
+            is_exact=self._settings.reproducible,
         )
         return plan.model_dump_json()
 
