@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import socket
 import sys
 import time
 from pathlib import Path
@@ -13,6 +12,7 @@ import uvicorn
 from upstream import OneRoute
 
 from loraloop.serve.capture import CaptureSettings, Recorder
+from loraloop.serve.listener import open_listener
 from loraloop.serve.relay import RouterSettings
 from loraloop.serve.router import create_app
 from loraloop.store.sql import SqlEpisodeStore
@@ -33,16 +33,14 @@ def serve(folder: Path, upstream: str) -> None:
 
     def write_slowly(handle: int, content: bytes) -> int:
         """A slow disk, so that there is a moment between an answer and its record."""
-        time.sleep(0.01)
+        time.sleep(0.03)
         return write(handle, content)
 
     os.write = write_slowly
     store = SqlEpisodeStore(folder / "episodes.db")
     recorder = Recorder(folder / "capture", store, settings=CaptureSettings(store_seconds=0.05))
     recorder.start()
-    listener = socket.socket()
-    listener.bind(("127.0.0.1", 0))
-    listener.listen()
+    listener = open_listener()
     print(os.getpid(), f"http://127.0.0.1:{listener.getsockname()[1]}", flush=True)
     server = uvicorn.Server(uvicorn.Config(create_app(OneRoute(upstream), recorder, RouterSettings()), log_level="critical"))
     asyncio.run(server.serve([listener]))
