@@ -13,30 +13,15 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from loraloop.chat.refused_entry import EntryRefused, shorten, show
 from loraloop.episode import Episode, EpisodeId
 from loraloop.files import canonical_json, content_hash
 from loraloop.training_data import Refusal
 
-MAX_SHOWN_CHARS = 120
-"""How much of a value a message shows."""
 MAX_DEPTH = 100
 """How deep an entry's JSON may nest: real tool schemas stay below 20, and some readers give up at 255."""
 IGNORED_KEYS_TAG = "ignored_keys"
 """The tag that lists, as a JSON list, the keys of an entry that an Episode has no place for."""
-
-
-class EntryRefused(ValueError):
-    """An entry is left out for `reason`; the importers turn it into a Refusal, so it never leaves this package."""
-
-    def __init__(self, reason: str, found: str, expected: str, do_this: str) -> None:
-        self.reason = reason
-        self.found = found
-        self.expected = expected
-        self.do_this = do_this
-        super().__init__(reason, found, expected, do_this)
-
-    def __str__(self) -> str:
-        return f"found {self.found}; expected {self.expected}; do this: {self.do_this}"
 
 
 @dataclass(frozen=True)
@@ -96,17 +81,6 @@ def require_clean(value: object) -> None:
             waiting.extend((part, depth + 1) for part in item)
 
 
-def find_finite(value: object) -> float | None:
-    """`value` as a float when it is a finite JSON number, else None; true and false are no numbers here."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    try:
-        number = float(value)
-    except OverflowError:
-        return None
-    return number if math.isfinite(number) else None
-
-
 def require_object(value: object, keys: Iterable[str], example: str) -> dict[str, object]:
     """`value` as an object that has all `keys`; refused as `bad_shape` otherwise. `example` says what an entry looks like."""
     if isinstance(value, dict) and all(key in value for key in keys):
@@ -141,22 +115,6 @@ def to_tags(format_name: str, ignored: Iterable[str] = (), **said: object) -> di
     require_clean(said)
     tags = {key: value if isinstance(value, str) else canonical_json(value) for key, value in said.items() if value is not None}
     return dict(sorted({**tags, "format": format_name, **ignored_tag(ignored)}.items()))
-
-
-def show(value: object) -> str:
-    """`value` for a message: as JSON where it can be, cut to `MAX_SHOWN_CHARS`, safe to print on any terminal."""
-    try:
-        text = canonical_json(value)
-    except (TypeError, ValueError, RecursionError):
-        text = repr(value)
-    return shorten(text)
-
-
-def shorten(text: str) -> str:
-    """`text` on one line, cut to `MAX_SHOWN_CHARS`, with everything that does not print written as an escape."""
-    cut = text[:MAX_SHOWN_CHARS]
-    printable = "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in cut)
-    return printable + ("…" if len(text) > MAX_SHOWN_CHARS else "")
 
 
 def ignored_tag(names: Iterable[str]) -> dict[str, str]:

@@ -13,8 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from loraloop.chat.refused_entry import EntryRefused, shorten
 from loraloop.errors import ImportFailed
-from loraloop.importers.entry import Entry, EntryRefused, shorten
+from loraloop.importers.entry import Entry
 from loraloop.importers.json_list import iter_elements, too_large
 
 MAX_ENTRY_BYTES = 64 * 1024**2

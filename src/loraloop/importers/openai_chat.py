@@ -13,15 +13,16 @@ from typing import ClassVar, Literal, cast
 
 from pydantic import JsonValue
 
+from loraloop.chat.openai_messages import take_messages, take_tools
+from loraloop.chat.refused_entry import EntryRefused, find_finite, show
 from loraloop.episode import Episode, EpisodeMetadata, Failure, Message, Success
 from loraloop.files import canonical_json
 from loraloop.importers.anthropic import is_anthropic
-from loraloop.importers.entry import EntryRefused, convert_entries, find_finite, ignored_tag, require_clean, show
+from loraloop.importers.entry import convert_entries, ignored_tag, require_clean
 from loraloop.importers.exported import KEY, Exported
 from loraloop.importers.json_input import count_entries, iter_entries, opening_keys
 from loraloop.importers.null_padding import without_padded_arguments, without_padding
 from loraloop.importers.openai_calls import is_call_log
-from loraloop.importers.openai_messages import take_messages, take_tools
 from loraloop.importers.react import find_verdict, has_observation
 from loraloop.training_data import Refusal
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from loraloop.chat.refused_entry import EntryRefused, shorten
 from loraloop.episode import AnyOutcome, Failure, Message, Success
-from loraloop.importers.entry import EntryRefused, shorten
 
 _LABEL = re.compile(r"^(Thought|Action|Observation)(?: \d+)?:", re.MULTILINE)
 _VERDICT = re.compile(r"\bEpisode finished, reward = (True|False|[0-9.]+)\s*$")

@@ -13,9 +13,9 @@ import json
 from dataclasses import dataclass, field
 from typing import Literal, cast
 
+from loraloop.chat.refused_entry import EntryRefused, find_finite, show
 from loraloop.episode import FunctionCall, Message, ToolCall
 from loraloop.files import canonical_json
-from loraloop.importers.entry import EntryRefused, find_finite, show
 
 Role = Literal["system", "user", "assistant", "tool"]
 
@@ -60,7 +60,7 @@ def take_messages(raw: object, key: str) -> Taken:
         raise EntryRefused("bad_shape", f"{key} = {show(raw)}", "a list of messages", f"write `{key}` as a list of objects")
     taken = Taken()
     for number, item in enumerate(raw, 1):
-        message, n_decoded = _decode_twice_encoded(_to_message(item, f"{key} {number}"), f"{key} {number}")
+        message, n_decoded = _decode_twice_encoded(to_message(item, f"{key} {number}"), f"{key} {number}")
         taken.messages.append(message)
         taken.n_decoded += n_decoded
         taken.ignored |= _ignored_keys(item, key)
@@ -118,7 +118,8 @@ def _name(call: ToolCall) -> str:
     return f"the call of {show(call.function.name)} (id {show(call.id)})"
 
 
-def _to_message(raw: object, place: str) -> Message:
+def to_message(raw: object, place: str) -> Message:
+    """One message, verbatim. Refused as bad_shape, bad_weight or unsupported_content, with `place` in the reason."""
     if not isinstance(raw, dict):
         raise _bad_shape(f"{place} = {show(raw)}", "an object with role and content")
     role = _ROLES.get(raw.get("role")) if isinstance(raw.get("role"), str) else None
