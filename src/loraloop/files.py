@@ -151,6 +151,24 @@ def remove_asides(path: Path) -> None:
 
 
 @contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """A file to write that appears as `path`, whole and on the disk, only when the block ends well; what was there is replaced."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
+    aside = Path(name)
+    try:
+        yield aside
+        sync(aside)
+        os.chmod(aside, 0o644)
+        os.replace(aside, path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
+
+
+@contextmanager
 def locked_directory(path: Path) -> Iterator[None]:
     """Alone with `path`, which is made when it is not there: another process that wants the same waits. Freed when a process dies."""
     path.mkdir(parents=True, exist_ok=True)

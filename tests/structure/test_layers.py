@@ -10,7 +10,7 @@ import pytest
 SOURCE = Path(__file__).parents[2] / "src" / "loraloop"
 
 LAYERS = [
-    {"errors", "ids", "files", "lease", "episode", "training_data", "training_record"},
+    {"errors", "ids", "files", "guard", "log_file", "lease", "episode", "training_data", "training_record"},
     {"settings", "plugins", "chat", "base_model"},
     {"store"},
     {"importers", "label", "learn", "dataset", "data_report", "lora", "train", "evaluate", "serve"},
@@ -36,6 +36,7 @@ DEFERRED = {
     "starlette",
     "uvicorn",
     "httpx2",
+    "xllamacpp",
 }
 """What may be imported inside a function, besides our own modules in the command line."""
 
