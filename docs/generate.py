@@ -33,6 +33,7 @@ COMMANDS = [
     ["export"],
     ["apply"],
     ["rollback"],
+    ["serve"],
     ["serve", "status"],
 ]
 
