@@ -34,6 +34,7 @@ COMMANDS = [
     ["export"],
     ["apply"],
     ["rollback"],
+    ["serve"],
     ["serve", "status"],
 ]
 

@@ -35,7 +35,7 @@ from loraloop.plugins import LearnModel, find
 from loraloop.retention import ForgetReport, PruneReport
 from loraloop.serve.aliases import Served
 from loraloop.serve.fleet_status import ApplyReport
-from loraloop.serve.orders import DEFAULT_ALIAS, ApplyOrder, PromoteOrder, RollbackOrder, ServiceStatus
+from loraloop.serve.orders import DEFAULT_ALIAS, ApplyOrder, PromoteOrder, RollbackOrder, ServiceAddress, ServiceSettings, ServiceStatus
 from loraloop.store.sql import SqlEpisodeStore
 from loraloop.training_data import Method
 
@@ -252,6 +252,13 @@ class Project:
     def delete_model(self, model_id: str) -> LoraModelId:
         """Remove a model and give its whole id. Raises LoraTrainerError while it is promoted or served, or something goes on from it."""
         return self.registry.delete(model_id, self._find_use)
+
+    def serve(self, settings: ServiceSettings, on_ready: Callable[[ServiceAddress], None]) -> int:
+        """Serve until a signal says to end, and give its number; `on_ready` is told where, when requests are answered.
+
+        Raises ServingError when it cannot begin.
+        """
+        return serving.serve(self._serving, self.store, self.registry, settings, on_ready)
 
     def apply(self, model: str, alias: str = DEFAULT_ALIAS, *, canary: float | None = None, override: str | None = None) -> ApplyReport:
         """Let a promoted model answer to `alias`, or to the share `canary` of its conversations; another only with `override`, a reason.
