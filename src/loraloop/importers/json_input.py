@@ -24,6 +24,8 @@ MAX_ENTRY_BYTES = 64 * 1024**2
 """The longest line, and element of a list, that is read; a longer one is refused as `too_large` and passed over."""
 MAX_DOCUMENT_BYTES = 256 * 1024**2
 """The longest file that is read as a whole, for formats that need that."""
+BUFFER_BYTES = 1 << 18
+"""What is read of a file of lines at a time: a line that lies in it whole is copied once."""
 
 _TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|["{}\[\],]', re.DOTALL)
 _FIRST_OBJECT = re.compile(r"[\ufeff\s]*\[?\s*\{")
@@ -159,7 +161,7 @@ _WHOLE_ADVICE = "check that the file is complete; if a run is still writing it, 
 
 
 def _iter_lines(path: Path, parse: Callable[[bytes], object]) -> Iterator[Entry]:
-    with _open(path) as file:
+    with _open(path, BUFFER_BYTES) as file:
         for number, (line, is_whole) in enumerate(_bounded_lines(file), 1):
             place = f"line {number}"
             if not is_whole:
@@ -208,8 +210,8 @@ def _no_document(path: Path, error: EntryRefused) -> ImportFailed:
     return ImportFailed(f"{path}: found {error.found}; expected one whole JSON document; do this: {_WHOLE_ADVICE}")
 
 
-def _open(path: Path) -> BinaryIO:
+def _open(path: Path, buffer_bytes: int = -1) -> BinaryIO:
     try:
-        return path.open("rb")
+        return path.open("rb", buffering=buffer_bytes)
     except OSError as error:
         raise ImportFailed(f"{path}: cannot be opened ({error.strerror}); give a file that can be read") from error
