@@ -33,7 +33,7 @@ from loraloop.importers.entry import (
     to_tags,
 )
 from loraloop.importers.eval_archive import has_archive, is_archive, iter_samples, load_header
-from loraloop.importers.json_input import first_object_keys, load_document
+from loraloop.importers.json_input import first_object_keys, load_with_list
 from loraloop.importers.null_padding import without_padding
 from loraloop.importers.openai_messages import take_messages
 from loraloop.training_data import Refusal
@@ -66,13 +66,14 @@ class InspectImporter:
         if has_archive(path):
             log, samples = as_object(load_header(path)), iter_samples(path)
         else:
-            log = as_object(load_document(path))
+            document, long_list = load_with_list(path, "samples", "sample")
+            log = as_object(document)
             if "eval" not in log:
                 advice = "give a file that Inspect wrote, or the right --format"
                 raise ImportFailed(
                     f"{path}: found keys {show(sorted(log))}; expected {{version, status, eval, samples}}; do this: {advice}"
                 )
-            samples = (Entry(f"sample {number}", sample) for number, sample in enumerate(as_list(log.get("samples")), 1))
+            samples = long_list or (Entry(f"sample {number}", one) for number, one in enumerate(as_list(log.get("samples")), 1))
         yield from convert_entries(path, samples, lambda sample: _to_episode(sample, log))
 
 
