@@ -9,28 +9,37 @@ The id is a hash of the plan, so that the same question has one answer: asked ag
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 from pydantic import ValidationError
 
 from loraloop.base_model import BaseModel, Dtype, resolve_base
+from loraloop.dataset import Dataset
 from loraloop.errors import EvaluationError, SettingsError
+from loraloop.evaluate.command import TIMEOUT_S, run_command
+from loraloop.evaluate.endpoint import Access, open_endpoint
 from loraloop.evaluate.environment import Task, TaskSuite, find_object, hash_tasks
-from loraloop.evaluate.result import SIDES, Comparison, Evaluation, EvaluationPlan, Side, SideName
+from loraloop.evaluate.likelihood import HeldOutSample, Measure, MeasuredSamples, hash_samples, measure_samples, pair_figures
+from loraloop.evaluate.result import SIDES, Comparison, Evaluation, EvaluationPlan, Side, SideName, TaskScore
 from loraloop.evaluate.rollout import Player, load_player
 from loraloop.evaluate.speaker import InProcessSpeaker, ServedSpeaker, Speaker
-from loraloop.evaluate.suite import Plays, Progress, Schedule, Stop, play_both
+from loraloop.evaluate.suite import Clock, Plays, Progress, Schedule, Stop, play_both
 from loraloop.files import content_hash, write_json
+from loraloop.held_out import N_SAMPLES, list_held_out
 from loraloop.lease import Lease
 from loraloop.lora.model import TrainedModel
 from loraloop.lora.registry import LoraModelRegistry
 from loraloop.lora.states import ModelState
-from loraloop.plugins import find
+from loraloop.plugins import EpisodeStore, find
 
 PLAN_FILE = "plan.json"
 EVALUATION_FILE = "evaluation.json"
+MEASURED_AT_ONCE = 4
+"""Rows of held-out samples."""
 DEFAULT_TEMPERATURE = 0.7
 """Where several plays of each task are asked for, and nothing is said."""
 
@@ -56,6 +65,16 @@ class EvaluationOptions:
     dtype: Dtype = "auto"
     token: str | None = field(default=None, repr=False)
     """Of the server, for a side that is served."""
+    command: str | None = None
+    """A command, or `module:function`, that prints a score for each task (evaluate/command.py)."""
+    command_timeout_s: float = TIMEOUT_S
+    """Of the command, for one side."""
+    held_out: bool = False
+    """Measure held-out samples; done as well where nothing else is asked for."""
+    dataset: str | None = None
+    """Whose; without it that of the candidate's training."""
+    n_samples: int = N_SAMPLES
+    """At most so many held-out samples of each ending."""
     again: bool = False
     """Measure afresh what is measured already."""
     on_progress: Callable[[Progress], None] = lambda progress: None
@@ -74,6 +93,13 @@ class EvaluationOptions:
             raise SettingsError(f"{self.seeds} seeds at temperature 0 would all play the same; give a temperature, or one seed")
         if self.tasks is not None and self.environment is None:
             raise SettingsError(f"tasks {self.tasks}: whose? Name the environment, too")
+        if self.n_samples < 1:
+            raise SettingsError(f"n_samples {self.n_samples}: expected at least 1")
+
+    @property
+    def wants_held_out(self) -> bool:
+        """Whether held-out samples are measured."""
+        return self.held_out or self.dataset is not None or (self.environment is None and self.command is None)
 
     @property
     def chosen_temperature(self) -> float:
@@ -97,27 +123,45 @@ class Contender:
         return load_player(self.base, str(self.adapter) if self.adapter else None, dtype)
 
 
-class Evaluator:
-    """Evaluates the models of one project directory."""
+@dataclass(frozen=True)
+class Sources:
+    """What an evaluation needs of a project."""
 
-    def __init__(self, directory: Path, registry: LoraModelRegistry, find_base: Callable[[TrainedModel], str]) -> None:
+    registry: LoraModelRegistry
+    store: EpisodeStore
+    find_base: Callable[[TrainedModel], str]
+    """Where the base model of a model was when it was trained."""
+    get_dataset: Callable[[str | None], Dataset]
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What is measured of both sides, found before anything is loaded."""
+
+    pair: Mapping[SideName, Contender]
+    schedule: Schedule | None
+    dataset: Dataset | None
+    samples: Sequence[HeldOutSample]
+    notes: tuple[str, ...]
+
+
+class Evaluator:
+    """Evaluates the models of one project; `directory` is where evaluations are kept."""
+
+    def __init__(self, directory: Path, sources: Sources) -> None:
         self.directory = directory
-        self.registry = registry
-        self.find_base = find_base
-        """Where the base model of a model was when it was trained."""
+        self.sources = sources
+        self.registry = sources.registry
 
     def run(self, model: str, against: str, options: EvaluationOptions) -> Evaluation:
         """Measure both sides and give the evaluation, which is then kept; one that was made already is read.
 
-        Raises SettingsError, LoraTrainerError for a model that there is not, BaseModelError, EvaluationError; LeaseHeld while another
-        process makes the same.
+        Raises SettingsError, LoraTrainerError for a model that there is not, BaseModelError, DatasetError, EvaluationError; LeaseHeld
+        while another process makes the same.
         """
         options.check()
-        pair, notes = self._find_sides(model, against, options)
-        if options.environment is None:
-            raise SettingsError("nothing to measure; name an environment")
-        schedule = _schedule(options)
-        plan = self._plan(pair, schedule, options)
+        work = self._prepare(model, against, options)
+        plan = self._plan(work, options)
         folder = self.directory / plan.id
         made = _find_made(folder)
         if made is not None:
@@ -126,16 +170,26 @@ class Evaluator:
         lease.acquire(f"the evaluation of {plan.candidate.name} against {plan.opponent.name}")
         with lease.kept():
             write_json(folder / PLAN_FILE, plan.model_dump(mode="json"))
-            comparisons, stopped = _play(folder, pair, schedule, options)
-            evaluation = Evaluation(
-                id=plan.id,
-                plan=plan,
-                comparisons=tuple(comparisons),
-                notes=(*notes, *schedule.suite.notes),
-                stopped_early=stopped,
-            )
+            comparisons, notes, stopped = _measure(folder, work, options)
+            if not comparisons:
+                raise EvaluationError(f"nothing could be compared: {'; '.join(notes) or 'there are no tasks and no samples'}")
+            told = {"notes": (*work.notes, *notes), "stopped_early": stopped}
+            evaluation = Evaluation(id=plan.id, plan=plan, comparisons=tuple(comparisons), **told)
             write_json(folder / EVALUATION_FILE, evaluation.model_dump(mode="json"))
         return evaluation
+
+    def _prepare(self, model: str, against: str, options: EvaluationOptions) -> _Work:
+        pair, notes = self._find_sides(model, against, options)
+        schedule = _schedule(options) if options.environment is not None else None
+        dataset, samples = None, list[HeldOutSample]()
+        if options.wants_held_out:
+            served = [contender.side.name for contender in pair.values() if contender.base is None]
+            if served:
+                raise SettingsError(f"{' and '.join(served)} is served: held-out samples need weights in this process; name an environment")
+            trained = pair["candidate"].model
+            dataset = self.sources.get_dataset(options.dataset or (trained.dataset if trained else None))
+            samples = list_held_out(dataset, self.sources.store, options.n_samples)
+        return _Work(pair, schedule, dataset, samples, (*notes, *(schedule.suite.notes if schedule else ())))
 
     def list_evaluations(self) -> list[Evaluation]:
         """Those that are finished, the newest last. Raises EvaluationError for one that cannot be read."""
@@ -177,7 +231,7 @@ class Evaluator:
             return Contender(Side(name="base", base_model=base.name, base_sha256=base.sha256), base)
         model = self.registry.get(name)
         model = self.registry.verify(model.id)
-        base = resolve_base(options.base or self.find_base(model))
+        base = resolve_base(options.base or self.sources.find_base(model))
         if model.base_sha256 not in (None, base.sha256):
             raise EvaluationError(
                 f"{model.id} was trained on another base model than {base.path} (hash {base.sha256[:12]}, expected "
@@ -186,20 +240,48 @@ class Evaluator:
         side = Side(name=model.id, base_model=base.name, base_sha256=base.sha256, adapter_sha256=model.adapter_sha256)
         return Contender(side, base, model.adapter_path, model)
 
-    def _plan(self, pair: Mapping[SideName, Contender], schedule: Schedule, options: EvaluationOptions) -> EvaluationPlan:
+    def _plan(self, work: _Work, options: EvaluationOptions) -> EvaluationPlan:
+        schedule, dataset = work.schedule, work.dataset
         plan = EvaluationPlan(
-            candidate=pair["candidate"].side,
-            opponent=pair["opponent"].side,
+            candidate=work.pair["candidate"].side,
+            opponent=work.pair["opponent"].side,
             environment=options.environment,
-            options=dict(options.options),
-            n_tasks=len(schedule.tasks),
-            tasks_hash=hash_tasks(schedule.tasks),
+            options=dict(options.options) if schedule else {},
+            n_tasks=len(schedule.tasks) if schedule else 0,
+            tasks_hash=hash_tasks(schedule.tasks) if schedule else None,
             seeds=options.seeds,
             temperature=options.chosen_temperature,
+            dataset=dataset.id if dataset else None,
+            n_samples=len(work.samples),
+            samples_hash=hash_samples(work.samples) if dataset else None,
+            command=options.command,
         )
         while options.again and _find_made(self.directory / plan.id) is not None:
             plan = plan.model_copy(update={"again": plan.again + 1})
         return plan
+
+
+Loaded = Callable[[SideName], Player]
+
+
+def _measure(folder: Path, work: _Work, options: EvaluationOptions) -> tuple[list[Comparison], list[str], bool]:
+    """(comparisons, the one to decide by first, notes, whether the plays were stopped early)."""
+    comparisons, notes, stopped = list[Comparison](), list[str](), False
+
+    @cache
+    def loaded(name: SideName) -> Player:
+        return work.pair[name].load(options.dtype)
+
+    if work.schedule is not None:
+        played, stopped = _play(folder, work, loaded, options)
+        comparisons += played
+    if options.command is not None:
+        comparisons.append(_compare_command(folder, work, loaded, options))
+    if work.dataset is not None:
+        measured, refused = _compare_samples(folder, work, loaded, options)
+        comparisons += measured
+        notes += refused
+    return comparisons, notes, stopped
 
 
 def _schedule(options: EvaluationOptions) -> Schedule:
@@ -221,22 +303,71 @@ def _choose(tasks: Sequence[Task], limit: int | None) -> list[Task]:
     return sorted(tasks, key=lambda task: content_hash(task.id))[:limit]
 
 
-def _play(
-    folder: Path, pair: Mapping[SideName, Contender], schedule: Schedule, options: EvaluationOptions
-) -> tuple[list[Comparison], bool]:
+def _play(folder: Path, work: _Work, loaded: Loaded, options: EvaluationOptions) -> tuple[list[Comparison], bool]:
     def open_speaker(name: SideName) -> Callable[[], Speaker]:
-        contender = pair[name]
-        if contender.side.url is not None:
-            return lambda: ServedSpeaker(str(contender.side.url), contender.side.name, options.token)
-        return lambda: InProcessSpeaker(contender.load(options.dtype))
+        side = work.pair[name].side
+        if side.url is not None:
+            return lambda: ServedSpeaker(str(side.url), side.name, options.token)
+        return lambda: InProcessSpeaker(loaded(name))
 
-    suite = options.environment
-    speakers = {name: open_speaker(name) for name in SIDES}
-    won, paid, stopped = play_both(schedule, speakers, Plays(folder), on_progress=options.on_progress, stop=options.stop)
-    comparisons = [Comparison.of(f"{suite}: success", won)]
-    if [one.model_dump() for one in won] != [one.model_dump() for one in paid]:
-        comparisons.append(Comparison.of(f"{suite}: reward", paid))
+    assert work.schedule is not None  # noqa: S101  looked at before
+    name = work.schedule.suite.name
+    speakers = {side: open_speaker(side) for side in SIDES}
+    won, paid, stopped = play_both(work.schedule, speakers, Plays(folder), on_progress=options.on_progress, stop=options.stop)
+    comparisons = [Comparison.of(f"{name}: success", won)]
+    if won != paid:
+        comparisons.append(Comparison.of(f"{name}: reward", paid))
     return comparisons, stopped
+
+
+def _compare_command(folder: Path, work: _Work, loaded: Loaded, options: EvaluationOptions) -> Comparison:
+    """Run the command for each side, once: what one side scored is kept."""
+    assert options.command is not None  # noqa: S101  looked at before
+    scores: dict[SideName, dict[str, float]] = {}
+    for name in SIDES:
+        file = folder / f"command-{name}.json"
+        if not file.exists():
+            side, log = work.pair[name].side, folder / f"command-{name}.log"
+            if side.url is not None:
+                access = Access(side.url, side.name, options.token or "")
+                found = run_command(options.command, access, log, options.command_timeout_s)
+            else:
+                with open_endpoint(loaded(name), side.name) as access:
+                    found = run_command(options.command, access, log, options.command_timeout_s)
+            write_json(file, found)
+        scores[name] = {str(task): float(score) for task, score in json.loads(file.read_bytes()).items()}
+        options.on_progress(Progress(len(scores), len(SIDES), None, what="runs of the command"))
+    first, second = scores["candidate"], scores["opponent"]
+    if first.keys() != second.keys():
+        lone = ", ".join(sorted(first.keys() ^ second.keys())[:5])
+        raise EvaluationError(f"the command scores other tasks for one side than for the other: {lone}; it must print each task for both")
+    tasks = [TaskScore(task=task, candidate=first[task], opponent=second[task]) for task in sorted(first)]
+    return Comparison.of("command", tasks)
+
+
+def _compare_samples(folder: Path, work: _Work, loaded: Loaded, options: EvaluationOptions) -> tuple[list[Comparison], list[str]]:
+    """The comparisons on held-out samples, and what could not be measured."""
+    kept = MeasuredSamples(folder)
+    clock = Clock(2 * len(work.samples), len(kept.known), "held-out samples")
+    for name in SIDES:
+
+        def load(name: SideName = name) -> tuple[Player, Measure]:
+            from loraloop.train.dense import DenseEngine
+
+            player = loaded(name)
+            engine = DenseEngine(player.model, MEASURED_AT_ONCE)
+            return player, lambda rows: engine.measure(rows).tolist()
+
+        measure_samples((name, load), work.samples, kept, lambda: options.on_progress(clock.tell(len(kept.known))))
+    comparisons = [
+        Comparison.of(name, [TaskScore(task=key, candidate=first, opponent=second) for key, first, second in figures], higher_is_better=up)
+        for name, up, figures in pair_figures(work.samples, kept)
+    ]
+    refused = [one for one in kept.known.values() if one.refused is not None and one.side == "candidate"]
+    notes = [f"{len(refused)} held-out samples were not measured; {refused[0].key}: {refused[0].refused}"] if refused else []
+    if not work.samples:
+        notes.append(f"dataset {work.dataset.id if work.dataset else ''} has no held-out samples; build it with `--held-out 0.2`")
+    return comparisons, notes
 
 
 def _find_made(folder: Path) -> Evaluation | None:

@@ -20,7 +20,7 @@ from loraloop.dataset import Dataset, DatasetSettings, list_datasets, list_folde
 from loraloop.episode import CONVERSATION, EpisodeFilter, Label
 from loraloop.errors import DatasetError, StoreError
 from loraloop.evaluate.result import Evaluation
-from loraloop.evaluation import EvaluationOptions, Evaluator
+from loraloop.evaluation import EvaluationOptions, Evaluator, Sources
 from loraloop.importers.ingest import IngestReport
 from loraloop.importers.scores import ScoreRule
 from loraloop.label import LabelReport, label_from
@@ -196,7 +196,7 @@ class Project:
 
     @property
     def _evaluator(self) -> Evaluator:
-        return Evaluator(self.directory / "evaluations", self.registry, self._find_base)
+        return Evaluator(self.directory / "evaluations", Sources(self.registry, self.store, self._find_base, self.get_dataset))
 
     def _find_base(self, model: TrainedModel) -> str:
         """Where a model's base model was when it was trained: what the run was told, else how the model names it."""

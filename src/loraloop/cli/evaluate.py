@@ -19,6 +19,10 @@ EXAMPLES = """Examples:
 
 loraloop evaluate latest --against base --environment textcraft --limit 40
 
+loraloop evaluate latest --held-out --dataset 3f9c
+
+loraloop evaluate latest --against base --command "pytest -rA tests/agent"
+
 loraloop evaluate latest --environment textcraft --option depths=1,2 --seeds 3
 
 loraloop evaluate agent@http://127.0.0.1:8080 --against base@http://127.0.0.1:8080 --environment textcraft --json"""
@@ -41,6 +45,11 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(help="At most so many tasks, chosen by hash.")] = None,
     seeds: Annotated[int, typer.Option(help="Plays of each task by each side.")] = 1,
     temperature: Annotated[float | None, typer.Option(help="0 takes the likeliest token; 0.7 with several seeds.")] = None,
+    command: Annotated[str | None, typer.Option(help="Run this for each side; it prints a score for each task.")] = None,
+    command_timeout: Annotated[float, typer.Option(metavar="MINUTES", help="Of the command, for one side.")] = 60.0,
+    held_out: Annotated[bool, typer.Option("--held-out", help="Measure held-out samples, too; alone where nothing else is named.")] = False,
+    dataset: Annotated[str | None, typer.Option(help="Whose held-out samples; else of the candidate's training.")] = None,
+    samples: Annotated[int, typer.Option(help="At most so many held-out samples of each ending.")] = 40,
     base: Annotated[str | None, typer.Option(help="Where the base model is; else where the training had it.")] = None,
     token: Annotated[str | None, typer.Option(envvar="LORALOOP_TOKEN", help="Of the server of NAME@URL.")] = None,
     again: Annotated[bool, typer.Option("--again", help="Measure afresh what is measured already.")] = False,
@@ -59,6 +68,11 @@ def evaluate(
         limit=limit,
         seeds=seeds,
         temperature=temperature,
+        command=command,
+        command_timeout_s=60 * command_timeout,
+        held_out=held_out,
+        dataset=dataset,
+        n_samples=samples,
         base=base,
         token=token,
         again=again,
@@ -128,4 +142,4 @@ class ProgressLines:
             n = len(progress.partial)
             first, second = sum(one.candidate for one in progress.partial), sum(one.opponent for one in progress.partial)
             partial = f"; of {n} tasks so far: candidate {first:g}, opponent {second:g}"
-        err().print(f"{progress.done} of {progress.total} measured{left}{partial}", markup=False)
+        err().print(f"{progress.done} of {progress.total} {progress.what}{left}{partial}", markup=False)
