@@ -1,7 +1,8 @@
 """A project: one directory that holds everything, and one method per verb.
 
 `episodes.db` is the episode store unless a URL names another, `datasets/<id>/` are frozen datasets, `runs/<id>/` training files and
-logs, `models/<id>/` adapters and their records. `followed.json` keeps up to where growing files were read.
+logs, `models/<id>/` adapters and their records, `serving/` what answers to which alias. `followed.json` keeps up to where growing
+files were read.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TextIO
 
-from loraloop import pipeline, retention
+from loraloop import pipeline, retention, serving
 from loraloop.chat.rows import ACCEPTED
 from loraloop.data_report.findings import Findings, ReportOptions
 from loraloop.dataset import Dataset, DatasetSettings, list_datasets, list_folders, open_dataset
@@ -32,6 +33,9 @@ from loraloop.lora.states import ModelState
 from loraloop.lora.trainer import LoraTrainer, OnEvent
 from loraloop.plugins import LearnModel, find
 from loraloop.retention import ForgetReport, PruneReport
+from loraloop.serve.aliases import Served
+from loraloop.serve.fleet_status import ApplyReport
+from loraloop.serve.orders import DEFAULT_ALIAS, ApplyOrder, PromoteOrder, RollbackOrder, ServiceStatus
 from loraloop.store.sql import SqlEpisodeStore
 from loraloop.training_data import Method
 
@@ -153,11 +157,15 @@ class Project:
         method: Method | None = None,
         options: TrainOptions | None = None,
         on_event: OnEvent | None = None,
+        model_id: LoraModelId | None = None,
     ) -> TrainedModel:
-        """Train on the dataset with this id, without one the newest that `method` trains. All files go into this project."""
+        """Train on the dataset with this id, without one the newest that `method` trains. All files go into this project.
+
+        The model gets `model_id`, or a new one; there is never a second training of one id.
+        """
         config = config.replace(output_dir=self.directory / "models", data_dir=self.directory / "runs")
         chosen = self.get_dataset(dataset) if dataset is not None or method is None else self._get_newest(method)
-        return pipeline.train(self.store, chosen, config, options, on_event, method=method)
+        return pipeline.train(self.store, chosen, config, options, on_event, method=method, model_id=model_id)
 
     def check_training(
         self,
@@ -242,11 +250,38 @@ class Project:
         return self.registry.move(model_id, state, reason)
 
     def delete_model(self, model_id: str) -> LoraModelId:
-        """Remove a model and give its whole id. Raises LoraTrainerError while it is promoted, or something goes on from it."""
-        return self.registry.delete(model_id, self._find_run_from)
+        """Remove a model and give its whole id. Raises LoraTrainerError while it is promoted or served, or something goes on from it."""
+        return self.registry.delete(model_id, self._find_use)
+
+    def apply(self, model: str, alias: str = DEFAULT_ALIAS, *, canary: float | None = None, override: str | None = None) -> ApplyReport:
+        """Let a promoted model answer to `alias`, or to the share `canary` of its conversations; another only with `override`, a reason.
+
+        Raises ServingError and LoraTrainerError saying why not; then nothing has changed.
+        """
+        return serving.apply(self._serving, self.registry, ApplyOrder(model=model, alias=alias, canary=canary, override=override))
+
+    def promote_canary(self, alias: str = DEFAULT_ALIAS) -> ApplyReport:
+        """Let the canary of `alias` answer to all of its conversations. Raises ServingError."""
+        return serving.promote(self._serving, PromoteOrder(alias=alias))
+
+    def rollback(self, alias: str = DEFAULT_ALIAS, *, to: str | None = None, why: str = "") -> ApplyReport:
+        """End the trial of a canary, or let `alias` go back to what answered before, the last one or `to`. Raises ServingError."""
+        return serving.rollback(self._serving, self.registry, RollbackOrder(alias=alias, to=to, why=why))
+
+    def serving_status(self) -> ServiceStatus | dict[str, Served]:
+        """How the running service stands; without one, what each alias stands for. Raises ServingError."""
+        return serving.read_status(self._serving)
 
     def _made(self) -> retention.Made:
         return self.list_datasets(), self.runs.list_runs(), self.registry.list_models()
+
+    @property
+    def _serving(self) -> Path:
+        return self.directory / "serving"
+
+    def _find_use(self, model_id: LoraModelId) -> str | None:
+        """What needs a model, in words."""
+        return serving.find_use(self._serving, model_id) or self._find_run_from(model_id)
 
     def _find_run_from(self, model_id: LoraModelId) -> str | None:
         """The run that continues from a model, and is not finished, in words."""

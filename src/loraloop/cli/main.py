@@ -17,7 +17,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from loraloop.cli import browse, build, doctor, evaluate, export, ingest, label, retention, runs, train
+from loraloop.cli import apply, browse, build, doctor, evaluate, export, ingest, label, retention, runs, serve, train
 from loraloop.errors import LoraLoopError
 
 app = typer.Typer(
@@ -32,9 +32,10 @@ app = typer.Typer(
     "loraloop train --base MODEL     train an adapter on it\n"
     "loraloop evaluate latest        whether it is better than what is live\n"
     "loraloop runs watch latest      how a training goes, from any terminal\n"
-    "loraloop models list            what has been trained",
+    "loraloop models list            what has been trained\n"
+    "loraloop apply MODEL            let it answer to the alias that the agent calls",
 )
-for command in (ingest, label, build, train, evaluate, runs, browse, export, retention, doctor):
+for command in (ingest, label, build, train, evaluate, runs, browse, export, apply, serve, retention, doctor):
     command.register(app)
 
 
