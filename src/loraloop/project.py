@@ -20,8 +20,10 @@ from loraloop.data_report.findings import Findings, ReportOptions
 from loraloop.dataset import Dataset, DatasetSettings, list_datasets, list_folders, open_dataset
 from loraloop.episode import CONVERSATION, EpisodeFilter, Label
 from loraloop.errors import DatasetError, StoreError
+from loraloop.evaluate.report import to_html
 from loraloop.evaluate.result import Evaluation
 from loraloop.evaluation import EvaluationOptions, Evaluator, Sources
+from loraloop.files import write_atomic
 from loraloop.importers.ingest import IngestReport
 from loraloop.importers.scores import ScoreRule
 from loraloop.label import LabelReport, label_from
@@ -197,6 +199,10 @@ class Project:
         What was measured already is read, and what was cut off goes on. Raises SettingsError, EvaluationError, LoraTrainerError.
         """
         return self._evaluator.run(model_id, against, options or EvaluationOptions())
+
+    def report_evaluation(self, evaluation: Evaluation, path: Path) -> None:
+        """Write an evaluation of this project as one page of HTML."""
+        write_atomic(path, to_html(evaluation, self.directory / "evaluations" / evaluation.id))
 
     def list_evaluations(self) -> list[Evaluation]:
         """The finished evaluations, the newest last. Raises EvaluationError when one is damaged."""

@@ -18,7 +18,7 @@ from loraloop.errors import SettingsError
 from loraloop.evaluate.likelihood import HeldOutSample, MeasuredSamples, measure_samples
 from loraloop.evaluate.rollout import Player, load_player
 from loraloop.evaluation import EvaluationOptions
-from loraloop.held_out import list_held_out
+from loraloop.evaluation.held_out import list_held_out
 from loraloop.train import loop
 from loraloop.train.dense import DenseEngine
 from loraloop.train.objectives import Likelihood

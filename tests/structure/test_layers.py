@@ -10,11 +10,10 @@ import pytest
 SOURCE = Path(__file__).parents[2] / "src" / "loraloop"
 
 LAYERS = [
-    {"errors", "ids", "files", "guard", "log_file", "lease", "episode", "training_data", "training_record"},
+    {"errors", "ids", "files", "guard", "log_file", "lease", "episode", "training_data", "training_record", "svg"},
     {"plugins", "chat", "base_model"},
     {"store"},
     {"importers", "label", "learn", "dataset", "data_report", "lora", "train", "evaluate", "serve"},
-    {"held_out"},
     {"pipeline", "retention", "evaluation", "trigger", "serving"},
     {"settings"},
     {"daemon"},
