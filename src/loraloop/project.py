@@ -20,8 +20,10 @@ from loraloop.data_report.findings import Findings, ReportOptions
 from loraloop.dataset import Dataset, DatasetSettings, list_datasets, list_folders, open_dataset
 from loraloop.episode import CONVERSATION, EpisodeFilter, Label
 from loraloop.errors import DatasetError, StoreError
+from loraloop.evaluate.report import to_html
 from loraloop.evaluate.result import Evaluation
-from loraloop.evaluation import EvaluationOptions, Evaluator
+from loraloop.evaluation import EvaluationOptions, Evaluator, Sources
+from loraloop.files import write_atomic
 from loraloop.importers.ingest import IngestReport
 from loraloop.importers.scores import ScoreRule
 from loraloop.label import LabelReport, label_from
@@ -198,13 +200,17 @@ class Project:
         """
         return self._evaluator.run(model_id, against, options or EvaluationOptions())
 
+    def report_evaluation(self, evaluation: Evaluation, path: Path) -> None:
+        """Write an evaluation of this project as one page of HTML."""
+        write_atomic(path, to_html(evaluation, self.directory / "evaluations" / evaluation.id))
+
     def list_evaluations(self) -> list[Evaluation]:
         """The finished evaluations, the newest last. Raises EvaluationError when one is damaged."""
         return self._evaluator.list_evaluations()
 
     @property
     def _evaluator(self) -> Evaluator:
-        return Evaluator(self.directory / "evaluations", self.registry, self._find_base)
+        return Evaluator(self.directory / "evaluations", Sources(self.registry, self.store, self._find_base, self.get_dataset))
 
     def _find_base(self, model: TrainedModel) -> str:
         """Where a model's base model was when it was trained: what the run was told, else how the model names it."""

@@ -10,7 +10,7 @@ import pytest
 SOURCE = Path(__file__).parents[2] / "src" / "loraloop"
 
 LAYERS = [
-    {"errors", "ids", "files", "guard", "log_file", "lease", "episode", "training_data", "training_record"},
+    {"errors", "ids", "files", "guard", "log_file", "lease", "episode", "training_data", "training_record", "svg"},
     {"plugins", "chat", "base_model"},
     {"store"},
     {"importers", "label", "learn", "dataset", "data_report", "lora", "train", "evaluate", "serve"},
@@ -41,7 +41,7 @@ DEFERRED = {
     "xllamacpp",
 }
 """What may be imported inside a function, besides our own modules in the command line."""
-LATE = {"loraloop.train.run", "loraloop.serve.service"}
+LATE = {"loraloop.train.run", "loraloop.train.dense", "loraloop.serve.service"}
 """Ours that stand on such a library from their first line."""
 
 
