@@ -14,7 +14,7 @@ LAYERS = [
     {"settings", "plugins", "chat", "base_model"},
     {"store"},
     {"importers", "label", "learn", "dataset", "data_report", "lora", "train", "evaluate", "serve"},
-    {"pipeline", "retention", "trigger"},
+    {"pipeline", "retention", "trigger", "judgement"},
     {"project"},
     {"doctor"},
     {"cli"},
