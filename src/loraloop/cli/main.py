@@ -17,7 +17,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from loraloop.cli import browse, build, doctor, export, ingest, label, retention, runs, train
+from loraloop.cli import browse, build, doctor, export, ingest, label, retention, runs, settings, status, train, watch
 from loraloop.errors import LoraLoopError
 
 app = typer.Typer(
@@ -31,9 +31,10 @@ app = typer.Typer(
     "loraloop build                  freeze a dataset from the episodes that ended well\n"
     "loraloop train --base MODEL     train an adapter on it\n"
     "loraloop runs watch latest      how a training goes, from any terminal\n"
-    "loraloop models list            what has been trained",
+    "loraloop models list            what has been trained\n"
+    "loraloop watch                  do all of it again whenever there is reason to",
 )
-for command in (ingest, label, build, train, runs, browse, export, retention, doctor):
+for command in (ingest, label, build, train, runs, watch, status, browse, export, retention, settings, doctor):
     command.register(app)
 
 
