@@ -15,6 +15,7 @@ from pathlib import Path
 from loraloop import settings
 from loraloop.learn.outcome_rules import OutcomeSettings, to_markdown
 from loraloop.lora import states
+from loraloop.serve import states as version_states
 
 REFERENCE = Path(__file__).parent / "reference"
 COMMANDS = [
@@ -25,6 +26,7 @@ COMMANDS = [
     ["prune"],
     ["build"],
     ["train"],
+    ["evaluate"],
     *([noun, verb] for noun in ("episodes", "datasets", "models") for verb in ("list", "show")),
     ["models", "delete"],
     ["watch"],
@@ -33,6 +35,9 @@ COMMANDS = [
     ["status"],
     ["settings", "show"],
     ["export"],
+    ["apply"],
+    ["rollback"],
+    ["serve", "status"],
 ]
 
 
@@ -80,6 +85,15 @@ def states_page() -> str:
     return f"{intro}\n{states.to_markdown()}\n"
 
 
+def version_states_page() -> str:
+    """The states of a version that is served, and which follows which."""
+    intro = (
+        "# States of a served version\n\nWritten by `make docs` from `loraloop.serve.states`: the life of a base model or an adapter in\n"
+        "the service; any other step is refused. See [serving](../serving.md).\n"
+    )
+    return f"{intro}\n{version_states.to_markdown()}\n"
+
+
 def pages() -> dict[Path, str]:
     """What each reference page should hold."""
     return {
@@ -87,6 +101,7 @@ def pages() -> dict[Path, str]:
         REFERENCE / "settings.md": settings_page(),
         REFERENCE / "outcomes.md": outcomes_page(),
         REFERENCE / "states.md": states_page(),
+        REFERENCE / "version-states.md": version_states_page(),
     }
 
 

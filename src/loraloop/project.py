@@ -1,7 +1,8 @@
 """A project: one directory that holds everything, and one method per verb.
 
 `episodes.db` is the episode store unless a URL names another, `datasets/<id>/` are frozen datasets, `runs/<id>/` training files and
-logs, `models/<id>/` adapters and their records. `followed.json` keeps up to where growing files were read.
+logs, `models/<id>/` adapters and their records, `serving/` what answers to which alias. `followed.json` keeps up to where growing
+files were read.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TextIO
 
-from loraloop import pipeline, retention
+from loraloop import pipeline, retention, serving
 from loraloop.chat.rows import ACCEPTED
 from loraloop.daemon import state
 from loraloop.daemon.cycle import CycleReport
@@ -23,6 +24,8 @@ from loraloop.data_report.findings import Findings, ReportOptions
 from loraloop.dataset import Dataset, DatasetSettings, list_datasets, list_folders, open_dataset
 from loraloop.episode import CONVERSATION, EpisodeFilter, Label
 from loraloop.errors import DatasetError, StoreError
+from loraloop.evaluate.result import Evaluation
+from loraloop.evaluation import EvaluationOptions, Evaluator
 from loraloop.importers.ingest import IngestReport
 from loraloop.importers.scores import ScoreRule
 from loraloop.label import LabelReport, label_from
@@ -34,6 +37,9 @@ from loraloop.lora.states import ModelState
 from loraloop.lora.trainer import LoraTrainer, OnEvent
 from loraloop.plugins import LearnModel, find
 from loraloop.retention import ForgetReport, PruneReport
+from loraloop.serve.aliases import Served
+from loraloop.serve.fleet_status import ApplyReport
+from loraloop.serve.orders import DEFAULT_ALIAS, ApplyOrder, PromoteOrder, RollbackOrder, ServiceStatus
 from loraloop.settings import load_settings
 from loraloop.store.sql import SqlEpisodeStore
 from loraloop.training_data import Method
@@ -219,6 +225,27 @@ class Project:
         for alias in [one.alias for one in choose(self.settings.scenarios, aliases)] if aliases else [state.EVERY_ALIAS]:
             change(self.store.ledger, alias)
 
+    def evaluate(self, model_id: str, against: str = "live", options: EvaluationOptions | None = None) -> Evaluation:
+        """Measure a model against another side on the same tasks: `live`, `base`, another model, or NAME@URL; kept in `evaluations/`.
+
+        What was measured already is read, and what was cut off goes on. Raises SettingsError, EvaluationError, LoraTrainerError.
+        """
+        return self._evaluator.run(model_id, against, options or EvaluationOptions())
+
+    def list_evaluations(self) -> list[Evaluation]:
+        """The finished evaluations, the newest last. Raises EvaluationError when one is damaged."""
+        return self._evaluator.list_evaluations()
+
+    @property
+    def _evaluator(self) -> Evaluator:
+        return Evaluator(self.directory / "evaluations", self.registry, self._find_base)
+
+    def _find_base(self, model: TrainedModel) -> str:
+        """Where a model's base model was when it was trained: what the run was told, else how the model names it."""
+        known = {run.id: run for run in self.runs.list_runs()}
+        run = known.get(model.run or "")
+        return str(run.plan.config["base_model"]) if run else model.base_model
+
     def list_datasets(self) -> list[Dataset]:
         """The datasets, the one that was built last at the end. Raises DatasetError when one is damaged."""
         return list_datasets(self.directory / "datasets")
@@ -257,11 +284,38 @@ class Project:
         return self.registry.move(model_id, state, reason)
 
     def delete_model(self, model_id: str) -> LoraModelId:
-        """Remove a model and give its whole id. Raises LoraTrainerError while it is promoted, or something goes on from it."""
-        return self.registry.delete(model_id, self._find_run_from)
+        """Remove a model and give its whole id. Raises LoraTrainerError while it is promoted or served, or something goes on from it."""
+        return self.registry.delete(model_id, self._find_use)
+
+    def apply(self, model: str, alias: str = DEFAULT_ALIAS, *, canary: float | None = None, override: str | None = None) -> ApplyReport:
+        """Let a promoted model answer to `alias`, or to the share `canary` of its conversations; another only with `override`, a reason.
+
+        Raises ServingError and LoraTrainerError saying why not; then nothing has changed.
+        """
+        return serving.apply(self._serving, self.registry, ApplyOrder(model=model, alias=alias, canary=canary, override=override))
+
+    def promote_canary(self, alias: str = DEFAULT_ALIAS) -> ApplyReport:
+        """Let the canary of `alias` answer to all of its conversations. Raises ServingError."""
+        return serving.promote(self._serving, PromoteOrder(alias=alias))
+
+    def rollback(self, alias: str = DEFAULT_ALIAS, *, to: str | None = None, why: str = "") -> ApplyReport:
+        """End the trial of a canary, or let `alias` go back to what answered before, the last one or `to`. Raises ServingError."""
+        return serving.rollback(self._serving, self.registry, RollbackOrder(alias=alias, to=to, why=why))
+
+    def serving_status(self) -> ServiceStatus | dict[str, Served]:
+        """How the running service stands; without one, what each alias stands for. Raises ServingError."""
+        return serving.read_status(self._serving)
 
     def _made(self) -> retention.Made:
         return self.list_datasets(), self.runs.list_runs(), self.registry.list_models()
+
+    @property
+    def _serving(self) -> Path:
+        return self.directory / "serving"
+
+    def _find_use(self, model_id: LoraModelId) -> str | None:
+        """What needs a model, in words."""
+        return serving.find_use(self._serving, model_id) or self._find_run_from(model_id)
 
     def _find_run_from(self, model_id: LoraModelId) -> str | None:
         """The run that continues from a model, and is not finished, in words."""

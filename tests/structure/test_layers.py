@@ -10,11 +10,11 @@ import pytest
 SOURCE = Path(__file__).parents[2] / "src" / "loraloop"
 
 LAYERS = [
-    {"errors", "ids", "files", "lease", "episode", "training_data", "training_record"},
+    {"errors", "ids", "files", "guard", "log_file", "lease", "episode", "training_data", "training_record"},
     {"plugins", "chat", "base_model"},
     {"store"},
     {"importers", "label", "learn", "dataset", "data_report", "lora", "train", "evaluate", "serve"},
-    {"pipeline", "retention", "trigger"},
+    {"pipeline", "retention", "evaluation", "trigger", "serving"},
     {"settings"},
     {"daemon"},
     {"project"},
@@ -38,6 +38,7 @@ DEFERRED = {
     "starlette",
     "uvicorn",
     "httpx2",
+    "xllamacpp",
 }
 """What may be imported inside a function, besides our own modules in the command line."""
 

@@ -31,7 +31,7 @@ def plot_lengths(lengths: Sequence[int], max_length: int) -> str:
     axes.hist(lengths, bins=min(40, max(5, len(set(lengths)))), color=_BAR)
     if max(lengths) > max_length // 2:
         axes.axvline(max_length, color=_MARK, linewidth=1.5, linestyle="--")
-        axes.annotate(f"limit {max_length:,} ", (max_length, axes.get_ylim()[1]), color=_MARK, va="top", ha="right", fontsize=8)
+        axes.annotate(f"limit {max_length:,} ", (max_length, axes.get_ylim()[1]), color=_MARK, va="bottom", ha="right", fontsize=8)
     return _to_svg(figure, "lengths")
 
 

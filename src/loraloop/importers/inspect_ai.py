@@ -18,24 +18,15 @@ from typing import ClassVar, cast
 
 from pydantic import JsonValue
 
+from loraloop.chat.openai_messages import take_messages
+from loraloop.chat.refused_entry import EntryRefused, find_finite, show
 from loraloop.episode import AnyOutcome, Episode, EpisodeMetadata, Failure, Success, Timeout, Unknown
 from loraloop.errors import ImportFailed
 from loraloop.importers.agent_turns import as_list, as_object, require_list, times_of, to_call, to_outcome, to_tools
-from loraloop.importers.entry import (
-    Entry,
-    EntryRefused,
-    convert_entries,
-    find_finite,
-    find_id,
-    require_clean,
-    require_object,
-    show,
-    to_tags,
-)
+from loraloop.importers.entry import Entry, convert_entries, find_id, require_clean, require_object, to_tags
 from loraloop.importers.eval_archive import has_archive, is_archive, iter_samples, load_header
 from loraloop.importers.json_input import first_object_keys, load_document
 from loraloop.importers.null_padding import without_padding
-from loraloop.importers.openai_messages import take_messages
 from loraloop.training_data import Refusal
 
 _ATTACHMENT = re.compile(r"attachment://([0-9a-zA-Z]{8,64})")

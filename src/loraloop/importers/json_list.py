@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterator
 from typing import BinaryIO
 
-from loraloop.importers.entry import EntryRefused, shorten
+from loraloop.chat.refused_entry import EntryRefused, shorten
 
 _PIECE, _MAX_PIECE = 1 << 20, 16 << 20
 _SPACE = re.compile(r"[ \t\r\n]*")
