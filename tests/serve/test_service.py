@@ -4,77 +4,20 @@ from __future__ import annotations
 
 import http.client
 import json
-import signal
-import subprocess
-import sys
-import threading
 import urllib.parse
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-from random_adapters import make_adapter
+from services import run, save, serving
 from tiny import make_model
 
-from loraloop.base_model import resolve_base
-from loraloop.episode import EpisodeId
-from loraloop.lora.model import LoraModelId, TrainedModel
 from loraloop.project import Project
-
-ENDS_BY = 128 + signal.SIGTERM
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model("llama", tmp_path_factory.mktemp("model") / "llama")
-
-
-def save(project: Project, base: Path, seed: int, *, state: str = "promoted", **changes: Any) -> TrainedModel:
-    """A trained model with a real adapter."""
-    model_id = LoraModelId.new()
-    folder = make_adapter(project.directory / "models" / model_id, json.loads((base / "config.json").read_text()), seed, strength=0.2)
-    config = json.loads((folder / "adapter_config.json").read_text())
-    (folder / "adapter_config.json").write_text(json.dumps(config | changes))
-    model = TrainedModel(
-        id=model_id,
-        base_model="llama",
-        adapter_path=folder,
-        learn_model_name="conversation",
-        episode_ids=(EpisodeId.new(),),
-        sample_count=1,
-        created_at=1,
-        base_sha256=resolve_base(str(base)).sha256,
-    )
-    project.registry.save(model)
-    return project.move_model(model_id, state, "better")
-
-
-def run(*arguments: str, project: Path) -> subprocess.CompletedProcess[str]:
-    argv = [sys.executable, "-m", "loraloop", *arguments, "--project", str(project)]
-    return subprocess.run(argv, capture_output=True, text=True, timeout=120, check=False)
-
-
-@contextmanager
-def serving(project: Path, base: Path, *more: str) -> Iterator[tuple[dict[str, Any], subprocess.Popen[str]]]:
-    argv = [sys.executable, "-m", "loraloop", "serve", "--base", str(base), "--project", str(project), *more]
-    process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    assert process.stderr is not None
-    said: list[str] = []
-    reader = threading.Thread(target=said.extend, args=(process.stderr,))
-    reader.start()
-    try:
-        line = process.stdout.readline()
-        assert line, f"exit {process.wait()}: {''.join(said)}"
-        yield json.loads(line), process
-    finally:
-        process.terminate()
-        assert process.wait(timeout=60) in {ENDS_BY, -signal.SIGKILL}, "".join(said)
-        reader.join()
-        process.stdout.close()
-        process.stderr.close()
 
 
 def chat(address: dict[str, Any], model: str = "agent", token: str | None = None) -> tuple[int, Any, str | None]:
@@ -152,3 +95,11 @@ def test_a_taken_port_and_a_base_that_is_none_end_before_anything_is_begun(tmp_p
     assert done.returncode == 1
     assert "none.gguf" in done.stderr
     assert not list((tmp_path / "serving").glob("service.*")), "no lease is left"
+
+
+def test_an_option_that_the_applier_lacks_or_that_cannot_be_is_named(base: Path, tmp_path: Path) -> None:
+    done = run("serve", "--base", str(base), "--option", "n_parallel=none", "--option", "threads=2", project=tmp_path / "project")
+    assert done.returncode == 1
+    assert "n_parallel=none" in done.stderr
+    assert "threads=2" in done.stderr
+    assert "n_threads" in done.stderr

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from loraloop.cli.screen import DEFAULT_PROJECT, JsonOption, ProjectOption, err, show_next, show_table, write_line, write_text
+from loraloop.cli.screen import DEFAULT_PROJECT, JsonOption, ProjectOption, err, show_next, show_table, to_options, write_line, write_text
 from loraloop.errors import SettingsError
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def evaluate(
     options = EvaluationOptions(
         environment=environment,
         tasks=tasks,
-        options=_to_options(option or []),
+        options=to_options(option or []),
         limit=limit,
         seeds=seeds,
         temperature=temperature,
@@ -123,14 +123,6 @@ def _row(comparison: Comparison) -> list[str]:
         f"{comparison.wins} / {comparison.losses} / {comparison.ties}",
         f"{comparison.p_value:.2g}",
     ]
-
-
-def _to_options(given: list[str]) -> dict[str, str]:
-    pairs = [one.partition("=") for one in given]
-    for name, equals, _ in pairs:
-        if not (name and equals):
-            raise SettingsError(f"--option {name}: expected NAME=VALUE")
-    return {name: value for name, _, value in pairs}
 
 
 class ProgressLines:

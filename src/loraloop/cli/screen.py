@@ -13,6 +13,7 @@ import typer
 
 from loraloop.cli.defaults import from_settings
 from loraloop.data_report.visible import visible
+from loraloop.errors import SettingsError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -81,6 +82,15 @@ def show_next(command: str, project: Path) -> None:
     unless_told = Path(os.environ.get(PROJECT_VARIABLE) or DEFAULT_PROJECT)
     named = f" --project {shlex.quote(str(project))}" if project != unless_told else ""
     err().print(f"Next: {command}{named}", markup=False)
+
+
+def to_options(given: list[str]) -> dict[str, str]:
+    """What `--option NAME=VALUE` was given, by name. Raises SettingsError for one without a name or a sign of equality."""
+    pairs = [one.partition("=") for one in given]
+    for name, equals, _ in pairs:
+        if not (name and equals):
+            raise SettingsError(f"--option {name}: expected NAME=VALUE")
+    return {name: value for name, _, value in pairs}
 
 
 def by_reason(counts: Mapping[str, int]) -> str:

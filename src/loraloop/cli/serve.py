@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from loraloop.cli import apply
-from loraloop.cli.screen import DEFAULT_PROJECT, ProjectOption, err, show_next, write_line
+from loraloop.cli.screen import DEFAULT_PROJECT, ProjectOption, err, show_next, to_options, write_line
 
 
 def serve(
@@ -24,6 +24,9 @@ def serve(
     drain: Annotated[
         float, typer.Option(min=0, metavar="SECONDS", help="How long what is under way may go on when something ends.")
     ] = 120.0,
+    option: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=VALUE", help="A setting of the applier, such as n_ctx=8192; may be repeated.")
+    ] = None,
 ) -> None:
     """Answer OpenAI clients with the versions that aliases stand for, and record every call.
 
@@ -43,7 +46,7 @@ def serve(
         err().print(f"clients call base_url={address.url}/v1 with the token as their API key", markup=False)
         show_next("loraloop serve status", project)
 
-    settings = ServiceSettings(base=base, applier=applier, port=port, token=token, drain_seconds=drain)
+    settings = ServiceSettings(base=base, applier=applier, port=port, token=token, drain_seconds=drain, options=to_options(option or []))
     with Project(project) as opened:
         number = opened.serve(settings, tell_ready)
     raise typer.Exit(128 + number)

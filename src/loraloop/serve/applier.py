@@ -10,11 +10,12 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, Protocol, Self
+from typing import ClassVar, Protocol, Self, TypeVar
 
-from pydantic import Field, JsonValue
+from pydantic import Field, JsonValue, ValidationError
 
 from loraloop.episode import Frozen
+from loraloop.errors import SettingsError
 
 BASE = "base"
 """The alias, and the first part of the version's name, of the base model without an adapter."""
@@ -72,8 +73,25 @@ class Scored:
     """One mapping (token id -> natural log-probability) for each probe prompt."""
 
 
+Options = TypeVar("Options", bound=Frozen)
+
+
+def read_options(kind: type[Options], given: Mapping[str, str], applier: str) -> Options:
+    """An applier's settings from texts by name. Raises SettingsError naming each that is unknown or cannot be, and those that there are."""
+    try:
+        return kind.model_validate(dict(given))
+    except ValidationError as error:
+        wrong = ((str(each["loc"][0]), each["msg"]) for each in error.errors())
+        said = "; ".join(f"{name}={given.get(name, '')}: {why}" for name, why in wrong)
+        raise SettingsError(f"options of {applier}: {said}; known: {', '.join(kind.model_fields)}") from error
+
+
 class Applier(Protocol):
-    """Brings versions to where they answer. One instance serves one base model; used by one event loop."""
+    """Brings versions to where they answer. One instance serves one base model; used by one event loop.
+
+    A plug-in is a class with `async def open(base: str, folder: Path, settings) -> Applier`: `base` as `--base` has it, `folder` is its
+    own, `settings` a mapping of texts as `--option NAME=VALUE` gives them.
+    """
 
     name: ClassVar[str]
     """As `--applier` takes it."""

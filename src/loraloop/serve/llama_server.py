@@ -13,6 +13,7 @@ import os
 import secrets
 import sys
 import tempfile
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Self
@@ -23,7 +24,7 @@ from loraloop.base_model import cache_directory, resolve_base
 from loraloop.episode import Frozen
 from loraloop.errors import BaseModelError, ServingError
 from loraloop.files import locked_directory
-from loraloop.serve.applier import Endpoint, Scored, Version
+from loraloop.serve.applier import Endpoint, Scored, Version, read_options
 from loraloop.serve.gguf import GgufBase, check_adapter, read_base, write_adapter
 from loraloop.serve.gguf_base import GgufDtype, write_base
 from loraloop.serve.llama_launcher import VARIABLE, LlamaServerPlan
@@ -82,17 +83,18 @@ class LlamaCppApplier:
         self._running: dict[str, ServerProcess] = {}
 
     @classmethod
-    async def open(cls, base: str, folder: Path, settings: LlamaCppSettings | None = None) -> Self:
+    async def open(cls, base: str, folder: Path, settings: LlamaCppSettings | Mapping[str, str] | None = None) -> Self:
         """An applier for `base`, a GGUF file or whatever `resolve_base` finds; a folder is converted once into `folder`, named by its hash.
 
-        Raises ServingError and BaseModelError when it cannot be served.
+        `settings` may be texts by name, as `--option` gives them. Raises SettingsError for one that cannot be, ServingError and
+        BaseModelError when it cannot be served.
         """
+        chosen = settings if isinstance(settings, LlamaCppSettings) else read_options(LlamaCppSettings, settings or {}, cls.name)
         for package in ("xllamacpp", "httpx2"):
             if importlib.util.find_spec(package) is None:
                 raise ServingError(f"serving by llama.cpp needs the package {package}; pip install 'loraloop[serve]'")
-        settings = settings or LlamaCppSettings()
-        found, sha256 = await asyncio.to_thread(_find_base, base, folder, settings.base_dtype)
-        return cls(found, Version.of_base(sha256), folder, settings)
+        found, sha256 = await asyncio.to_thread(_find_base, base, folder, chosen.base_dtype)
+        return cls(found, Version.of_base(sha256), folder, chosen)
 
     @property
     def base(self) -> Version:

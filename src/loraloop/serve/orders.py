@@ -5,7 +5,8 @@ from __future__ import annotations
 import http.client
 import json
 import urllib.parse
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,8 @@ class ServiceSettings:
     """What clients must show; a random one without."""
     drain_seconds: float = 120.0
     """How long what is under way may go on when a version, or the service, ends."""
+    options: Mapping[str, str] = field(default_factory=dict)
+    """The applier's own settings, by name."""
 
 
 class ApplyOrder(Frozen):

@@ -210,7 +210,8 @@ def _base_of(adapter: Path) -> str:
 
 async def _compute(plan: ReferencePlan) -> None:
     """Run `reference` in a process of its own: it needs torch, much memory for a moment, and may crash."""
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    n_threads = max(1, (os.cpu_count() or 2) - 1)  # one processor is left to the servers that answer, and nothing spins for theirs
+    environment = {"OMP_NUM_THREADS": str(n_threads), "GOMP_SPINCOUNT": "0", **os.environ, "HF_HUB_OFFLINE": "1"}
     argv = [sys.executable, "-m", "loraloop.serve.reference"]
     pipe = asyncio.subprocess.PIPE
     process = await asyncio.create_subprocess_exec(*argv, stdin=pipe, stdout=asyncio.subprocess.DEVNULL, stderr=pipe, env=environment)

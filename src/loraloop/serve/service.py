@@ -51,7 +51,7 @@ async def run_service(
         raise ServingError(f"{error} serves this project already; see `loraloop serve status`") from error
     with lease.kept(), _listen(settings.port) as listener:
         (folder / SERVICE_FILE).unlink(missing_ok=True)
-        applier = await find("appliers", settings.applier).open(settings.base, folder / "appliers")
+        applier = await find("appliers", settings.applier).open(settings.base, folder / "appliers", settings.options)
         fleet = Fleet(applier, AliasFile(folder), prove, FleetSettings(drain_seconds=settings.drain_seconds))
         try:
             await fleet.recover()
