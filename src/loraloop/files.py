@@ -28,15 +28,12 @@ def canonical_json(value: object) -> str:
 
 def content_hash(value: object, n_hex: int = 32) -> str:
     """BLAKE2b over `canonical_json(value)`, as `n_hex` hex digits."""
-    return hash_texts(canonical_json(value), n_hex=n_hex)
+    return text_hash(canonical_json(value), n_hex)
 
 
-def hash_texts(*texts: str, n_hex: int = 32) -> str:
-    """BLAKE2b over `texts`, one behind the other, as `n_hex` hex digits."""
-    state = hashlib.blake2b(digest_size=n_hex // 2)
-    for text in texts:
-        state.update(text.encode("utf-8", "surrogatepass"))
-    return state.hexdigest()
+def text_hash(text: str, n_hex: int = 32) -> str:
+    """BLAKE2b over `text`, as `n_hex` hex digits."""
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=n_hex // 2).hexdigest()
 
 
 def file_sha256(path: Path) -> str:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import contextlib
+import gc
 import json
 import shutil
 
@@ -183,3 +185,17 @@ def test_real_files_are_told_apart(shared_data):
         "who-and-when": 30,
     }
     assert {name: len(by_format[name]) for name in n_files} == n_files
+
+
+@pytest.mark.parametrize("threshold", [(700, 10, 10), (90_000, 5, 5), (0, 10, 10)])
+def test_cycles_are_looked_for_as_before_when_an_ingest_is_over(store, write, threshold):
+    before, seen = gc.get_threshold(), []
+    gc.set_threshold(*threshold)
+    try:
+        for path in (write(json.dumps({"messages": [{"role": "assistant", "content": "b"}]})), write("[1", "no.json")):
+            with contextlib.suppress(ImportFailed):
+                ingest_file(store, path, "openai", lambda *_: seen.append(gc.get_threshold()))
+            assert gc.get_threshold() == threshold
+    finally:
+        gc.set_threshold(*before)
+    assert seen[0][0] == (0 if threshold[0] == 0 else max(threshold[0], 50_000))

@@ -7,19 +7,16 @@ else, and `require_clean` that no text gets in which UTF-8 or a database cannot 
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
-from pydantic import JsonValue
-
 from loraloop.chat.refused_entry import EntryRefused, shorten, show
 from loraloop.episode import Episode, EpisodeId
-from loraloop.files import canonical_json, hash_texts
-from loraloop.importers.remembered import Remembered
+from loraloop.files import canonical_json, text_hash
+from loraloop.importers.content_text import content_text
 from loraloop.training_data import Refusal
 
 MAX_DEPTH = 100
@@ -52,18 +49,8 @@ def convert_entries(path: Path, entries: Iterable[Entry], convert: Callable[[obj
 
 
 def with_content_id(episode: Episode) -> Episode:
-    """`episode` under the id that follows from everything it says except its present id and the time it was taken in.
-
-    The order of keys in tool schemas counts, as chat templates render them in that order. Fields at their defaults do not, so a
-    field added to Episode later leaves the ids of episodes without it as they were.
-    """
-    unsaid = {"id", "outcome", "tools", "metadata"}
-    said = episode.model_dump(mode="json", exclude=unsaid, exclude_defaults=True)
-    said["outcome"] = episode.model_dump(mode="json", include={"outcome"})["outcome"]
-    said["metadata"] = episode.metadata.model_dump(mode="json", exclude={"created_at"}, exclude_defaults=True)
-    # the tools come last by the alphabet, as a list of texts
-    digest = hash_texts(canonical_json(said)[:-1], ',"tools":', _tools_as_texts(episode.tools), "}")
-    return episode.model_copy(update={"id": EpisodeId.from_content(digest)})
+    """`episode` under the id that follows from everything it says except its present id and the time it was taken in."""
+    return episode.model_copy(update={"id": EpisodeId.from_content(text_hash(content_text(episode)))})
 
 
 def require_clean(value: object) -> None:
@@ -163,13 +150,6 @@ def _is_clean(value: object) -> bool:
             return True
         level = below
     return False
-
-
-def _as_texts(tools: tuple[dict[str, JsonValue], ...]) -> str:
-    return canonical_json([json.dumps(tool, ensure_ascii=False) for tool in tools])
-
-
-_tools_as_texts = Remembered(_as_texts)
 
 
 def _require_clean_text(text: str) -> None:

@@ -31,7 +31,7 @@ COMPRESS_BYTES = 128
 LEVEL = 3
 """Of zstd, its own default."""
 MAX_CACHED_BYTES = 1 << 16
-"""Of an episode's tool schemas that are remembered; those of 128 episodes are."""
+"""Of tool schemas that are remembered: 256, and those of 128 episodes together."""
 MAX_TEXT_BYTES = 1 << 31
 """No text of ours is longer; a frame that claims more is damaged."""
 
@@ -186,24 +186,37 @@ def _list(texts: Iterable[bytes]) -> bytes:
 
 
 def _tools(tools: tuple[Mapping[str, object], ...]) -> Sequence[tuple[bytes, bytes]]:
-    """The text and key of each; those that many episodes have are made once. Equal bytes of marshal are equal values, to the type."""
-    try:
-        marshalled = marshal.dumps(cast("Any", tools), 2)
-    except ValueError:  # of a type that JSON has not either
-        marshalled = b""
-    if 0 < len(marshalled) < MAX_CACHED_BYTES:
-        return _tools_again(marshalled)
-    return [_tool(tool) for tool in tools]
+    """The text and key of each; those that many episodes have are made once, all together or one by one."""
+    marshalled = _marshal(tools)
+    return _tools_again(marshalled) if marshalled else tuple(map(_tool, tools))
 
 
 @lru_cache(maxsize=128)
 def _tools_again(marshalled: bytes) -> Sequence[tuple[bytes, bytes]]:
-    return [_tool(tool) for tool in marshal.loads(marshalled)]  # noqa: S302  it is ours, of a moment ago
+    return tuple(map(_tool, marshal.loads(marshalled)))  # noqa: S302  it is ours, of a moment ago
 
 
 def _tool(tool: Mapping[str, object]) -> tuple[bytes, bytes]:
+    marshalled = _marshal(tool)
+    if marshalled:
+        return _tool_again(marshalled)
     text = _to_utf8(tool)
     return text, key_of(text)
+
+
+@lru_cache(maxsize=256)
+def _tool_again(marshalled: bytes) -> tuple[bytes, bytes]:
+    text = _to_utf8(marshal.loads(marshalled))  # noqa: S302  it is ours, of a moment ago
+    return text, key_of(text)
+
+
+def _marshal(value: object) -> bytes:
+    """Equal bytes are equal values, to the type; none for what is too long to remember, or of a type that JSON has not either."""
+    try:
+        marshalled = marshal.dumps(cast("Any", value), 2)
+    except ValueError:
+        return b""
+    return marshalled if len(marshalled) < MAX_CACHED_BYTES else b""
 
 
 def _to_utf8_fast(value: object) -> bytes:
