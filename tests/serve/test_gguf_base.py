@@ -60,13 +60,13 @@ def cutters() -> dict[str, Any]:
 
 
 def make_base(folder: Path, cutter: Any, *, bos: bool = False) -> Any:
-    """A tiny Llama whose tokenizer has learned merges behind `cutter`; the tokenizer, too."""
+    """A tiny Llama whose tokenizer has merges and cuts text with `cutter`; the tokenizer, too."""
     import torch
     import transformers
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = cutter
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # learns merges that `cutter` must then prevent
     tokenizer.decoder = decoders.ByteLevel()
     special = ["<|begin|>", "<|im_start|>", "<|im_end|>"]
     trainer = trainers.BpeTrainer(
@@ -74,6 +74,7 @@ def make_base(folder: Path, cutter: Any, *, bos: bool = False) -> Any:
     )
     corpus = [*TEXTS, *("123 456 1234 99 in 2024" for _ in range(9)), Path(__file__).read_text(), *("  word's we'll\n\n" for _ in range(9))]
     tokenizer.train_from_iterator(corpus, trainer)
+    tokenizer.pre_tokenizer = cutter
     if bos:
         tokenizer.post_processor = processors.TemplateProcessing(single="<|begin|> $A", special_tokens=[("<|begin|>", 0)])
     fast = transformers.PreTrainedTokenizerFast(
