@@ -6,6 +6,7 @@ import asyncio
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -316,6 +317,22 @@ async def test_changed_base_file_is_not_served(opened: LlamaCppApplier, tmp_path
     os.utime(file, (1, 1))
     with pytest.raises(ServingError, match="was changed since it was opened"):
         await opened.start(opened.base)
+
+
+async def test_folder_that_is_gone_or_cannot_be_made_is_told(opened: LlamaCppApplier, llama: Path, tmp_path: Path) -> None:
+    adapter = adapter_of(llama, tmp_path / "adapter")
+    with pytest.raises(ServingError, match=r"cannot be opened for serving from .*/adapter_config\.json/serving"):
+        await LlamaCppApplier.open(str(llama), adapter / "adapter_config.json" / "serving", SETTINGS)
+    (tmp_path / "serving").rename(tmp_path / "elsewhere")
+    with pytest.raises(ServingError, match="is gone"):
+        await opened.start(version_of(adapter))
+    (file,) = (tmp_path / "elsewhere" / "bases").glob("*.gguf")
+    other = await LlamaCppApplier.open(str(file), tmp_path / "other", SETTINGS)
+    shutil.rmtree(tmp_path / "other")
+    with pytest.raises(ServingError, match="where adapters are converted, cannot be written"):
+        await other.start(version_of(adapter))
+    assert servers_of() == []
+    await other.close()
 
 
 async def test_adapter_of_another_base_is_refused(opened: LlamaCppApplier, llama: Path, tmp_path: Path) -> None:

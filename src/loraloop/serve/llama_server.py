@@ -13,6 +13,8 @@ import os
 import secrets
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Self
@@ -91,7 +93,10 @@ class LlamaCppApplier:
             if importlib.util.find_spec(package) is None:
                 raise ServingError(f"serving by llama.cpp needs the package {package}; pip install 'loraloop[serve]'")
         settings = settings or LlamaCppSettings()
-        found, sha256 = await asyncio.to_thread(_find_base, base, folder, settings.base_dtype)
+        try:
+            found, sha256 = await asyncio.to_thread(_find_base, base, folder, settings.base_dtype)
+        except OSError as error:
+            raise ServingError(f"base model {base!r} cannot be opened for serving from {folder} ({error})") from error
         return cls(found, Version.of_base(sha256), folder, settings)
 
     @property
@@ -121,11 +126,11 @@ class LlamaCppApplier:
             raise ServingError(f"{version.name}: {'; '.join(findings)}")
         if _stamp(self._base.path) != self._stamp:
             raise ServingError(f"the base model {self._base.path} was changed since it was opened; put it back, or open it anew")
-        with tempfile.TemporaryDirectory(prefix="adapter-", dir=self._folder) as aside:  # the server reads it once
-            adapter = None
-            if version.adapter_path is not None:
-                adapter = Path(aside) / "adapter.gguf"
-                await asyncio.to_thread(self._write, version, adapter)
+        if version.adapter_path is None:
+            return await self._launch(version, None)
+        with _folder_aside(self._folder) as aside:  # the server reads it once
+            adapter = aside / "adapter.gguf"
+            await asyncio.to_thread(self._write, version, adapter)
             return await self._launch(version, adapter)
 
     async def is_healthy(self, endpoint: Endpoint) -> bool:
@@ -235,6 +240,17 @@ class LlamaCppApplier:
             return "its server is stopped"
         await process.wait_end(_SETTLE_SECONDS)
         return process.describe_end()
+
+
+@contextmanager
+def _folder_aside(folder: Path) -> Iterator[Path]:
+    """A folder for what is needed until a server is up. Raises ServingError when there can be none."""
+    try:
+        aside = tempfile.TemporaryDirectory(prefix="adapter-", dir=folder, ignore_cleanup_errors=True)
+    except OSError as error:
+        raise ServingError(f"{folder}, where adapters are converted, cannot be written ({error.strerror}); nothing was started") from error
+    with aside as path:
+        yield Path(path)
 
 
 def _find_base(base: str, folder: Path, dtype: GgufDtype) -> tuple[GgufBase, str]:
