@@ -12,11 +12,13 @@ import gguf as gguf_package
 import httpx2
 import numpy as np
 import pytest
+from random_adapters import make_adapter
 from safetensors.numpy import load_file, save_file
 from tiny import CHATML, make_config, make_model
 
 from loraloop.base_model import resolve_base
 from loraloop.errors import BaseModelError, ServingError
+from loraloop.serve.applier import Version
 from loraloop.serve.gguf import SOURCE_KEY, read_base
 from loraloop.serve.gguf_base import write_base
 from loraloop.serve.gguf_vocabulary import LLAMA_3_CUTS, QWEN_CUTS
@@ -59,14 +61,14 @@ def cutters() -> dict[str, Any]:
     }
 
 
-def make_base(folder: Path, cutter: Any, *, bos: bool = False) -> Any:
-    """A tiny Llama whose tokenizer has learned merges behind `cutter`; the tokenizer, too."""
+def make_base(folder: Path, cutter: Any, *, bos: bool = False, architecture: str = "llama") -> Any:
+    """A tiny model whose tokenizer has merges and cuts text with `cutter`; the tokenizer, too."""
     import torch
     import transformers
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = cutter
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # learns merges that `cutter` must then prevent
     tokenizer.decoder = decoders.ByteLevel()
     special = ["<|begin|>", "<|im_start|>", "<|im_end|>"]
     trainer = trainers.BpeTrainer(
@@ -74,6 +76,7 @@ def make_base(folder: Path, cutter: Any, *, bos: bool = False) -> Any:
     )
     corpus = [*TEXTS, *("123 456 1234 99 in 2024" for _ in range(9)), Path(__file__).read_text(), *("  word's we'll\n\n" for _ in range(9))]
     tokenizer.train_from_iterator(corpus, trainer)
+    tokenizer.pre_tokenizer = cutter
     if bos:
         tokenizer.post_processor = processors.TemplateProcessing(single="<|begin|> $A", special_tokens=[("<|begin|>", 0)])
     fast = transformers.PreTrainedTokenizerFast(
@@ -81,7 +84,7 @@ def make_base(folder: Path, cutter: Any, *, bos: bool = False) -> Any:
     )
     fast.chat_template = CHATML
     torch.manual_seed(0)
-    config = make_config("llama", vocab_size=len(fast) + 5, eos_token_id=2, pad_token_id=2)  # rows of padding, as many models have
+    config = make_config(architecture, vocab_size=len(fast) + 5, eos_token_id=2, pad_token_id=2)  # rows of padding, as many models have
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     fast.save_pretrained(folder)
     return fast
@@ -129,6 +132,32 @@ def test_weights_are_of_the_type_that_is_asked_for(dtype: Any, size: int, tmp_pa
     stored = load_file(model / "model.safetensors")["model.layers.0.mlp.up_proj.weight"]
     again = gguf_package.quants.dequantize(matrix.data, matrix.tensor_type)
     assert np.abs(again - stored).max() <= {"float32": 0, "float16": 2**-11, "bfloat16": 2**-8}[dtype] * np.abs(stored).max()
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2"])  # transformers reads no Qwen3 whose heads are not 128 wide
+async def test_foreign_file_is_known_by_what_a_training_from_it_records(
+    architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A training dequantises a GGUF file by transformers, which reads ours as the model it came from."""
+    monkeypatch.setenv("LORALOOP_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("loraloop.serve.gguf_base.SOURCE_KEY", "somebody.else")
+    model = tmp_path / "base"
+    make_base(model, cutters()["gpt-2"], architecture=architecture)
+    write_base(model, tmp_path / "foreign.gguf")
+    trained = resolve_base(str(tmp_path / "foreign.gguf"))
+    stored, again = (load_file(folder / "model.safetensors") for folder in (model, trained.path))
+    assert all(np.array_equal(stored[name], again[name]) for name in stored)
+    shutil.rmtree(tmp_path / "cache")
+
+    applier = await LlamaCppApplier.open(str(tmp_path / "foreign.gguf"), tmp_path / "serving")
+    adapter = make_adapter(tmp_path / "adapter", json.loads((model / "config.json").read_text()), 1)
+    version = Version.of_adapter(
+        "agent", adapter_sha256="a" * 64, adapter_path=adapter, model_id="lora-1-00000000", base_sha256=trained.sha256
+    )
+    assert applier.check(version) == []
+    other = version.model_copy(update={"base_sha256": resolve_base(str(model)).sha256})
+    assert [finding[:32] for finding in applier.check(other)] == ["it was trained on base model " + other.base_sha256[:3]]
+    await applier.close()
 
 
 def test_same_folder_gives_the_same_bytes(tmp_path: Path) -> None:

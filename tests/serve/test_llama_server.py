@@ -6,6 +6,7 @@ import asyncio
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+import gguf as gguf_package
 import httpx2
 import numpy as np
 import psutil
@@ -247,18 +249,56 @@ async def test_server_that_is_late_is_ended(llama: Path, tmp_path: Path) -> None
     await applier.close()
 
 
-async def test_what_llama_cpp_refuses_is_told_with_its_log(
+def write_pair(target: Path, architecture: str = "llama", kind: str = "adapter", *, rows: int = 64, halves: str = "ab") -> None:
+    """An adapter in GGUF that our own writer would not write."""
+    writer = gguf_package.GGUFWriter(target, architecture)
+    writer.add_type(kind)
+    writer.add_string("adapter.type", "lora")
+    for half, shape in {"a": (4, 64), "b": (rows, 4)}.items():
+        if half in halves:
+            writer.add_tensor(f"blk.0.attn_q.weight.lora_{half}", np.ones(shape, np.float32))
+    gguf.write_out(writer)
+
+
+def cut(target: Path, n_bytes: int) -> None:
+    write_pair(target)
+    target.write_bytes(target.read_bytes()[:n_bytes])
+
+
+BAD_FILES: dict[str, Callable[[Path], object]] = {
+    "another architecture": lambda target: write_pair(target, "qwen2"),
+    "no adapter": lambda target: write_pair(target, kind="model"),
+    "half": lambda target: write_pair(target, halves="a"),
+    "another shape": lambda target: write_pair(target, rows=96),
+    "cut off": lambda target: cut(target, -1000),
+    "header only": lambda target: cut(target, 24),
+    "empty": lambda target: target.write_bytes(b""),
+    "garbage": lambda target: target.write_bytes(b"GGUF" + b"\xff" * 500),
+    "missing": lambda target: None,
+}
+
+
+async def test_what_llama_cpp_itself_refuses_leaves_nothing(
     opened: LlamaCppApplier, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where a check is wrong, the server's own refusal is the last line of defence."""
-    adapter = adapter_of(llama, tmp_path / "adapter")
+    version = version_of(adapter_of(llama, tmp_path / "adapter"))
+    base = await opened.start(opened.base)
+    for write in BAD_FILES.values():
+        monkeypatch.setattr("loraloop.serve.llama_server.write_adapter", lambda adapter, base, target, write=write, **others: write(target))
+        with pytest.raises(ServingError, match=r"(?s)agent@\w+: the server ended \(exit 1\); it said last:.*The whole log is in"):
+            await opened.start(version)
+    assert len(servers_of()) == 1
+    assert await opened.is_healthy(base)
+    assert sorted(path.name for path in (tmp_path / "serving").iterdir()) == ["bases", "logs"]
 
-    def write_cut_off(adapter: Path, base: gguf.GgufBase, target: Path, **others: Any) -> None:
-        gguf.write_adapter(adapter, base, target, **others)
-        target.write_bytes(target.read_bytes()[:-4000])
 
-    monkeypatch.setattr("loraloop.serve.llama_server.write_adapter", write_cut_off)
-    with pytest.raises(ServingError, match=r"(?s)agent@\w+: the server ended \(exit 1\).*adapter.*The whole log is in"):
+async def test_start_refuses_what_nobody_checked(
+    opened: LlamaCppApplier, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = adapter_of(llama, tmp_path / "adapter", use_dora=True)
+    monkeypatch.setattr(opened, "check", lambda version: [])
+    with pytest.raises(ServingError, match="DoRA"):
         await opened.start(version_of(adapter))
     assert servers_of() == []
 
@@ -277,6 +317,22 @@ async def test_changed_base_file_is_not_served(opened: LlamaCppApplier, tmp_path
     os.utime(file, (1, 1))
     with pytest.raises(ServingError, match="was changed since it was opened"):
         await opened.start(opened.base)
+
+
+async def test_folder_that_is_gone_or_cannot_be_made_is_told(opened: LlamaCppApplier, llama: Path, tmp_path: Path) -> None:
+    adapter = adapter_of(llama, tmp_path / "adapter")
+    with pytest.raises(ServingError, match=r"cannot be opened for serving from .*/adapter_config\.json/serving"):
+        await LlamaCppApplier.open(str(llama), adapter / "adapter_config.json" / "serving", SETTINGS)
+    (tmp_path / "serving").rename(tmp_path / "elsewhere")
+    with pytest.raises(ServingError, match="is gone"):
+        await opened.start(version_of(adapter))
+    (file,) = (tmp_path / "elsewhere" / "bases").glob("*.gguf")
+    other = await LlamaCppApplier.open(str(file), tmp_path / "other", SETTINGS)
+    shutil.rmtree(tmp_path / "other")
+    with pytest.raises(ServingError, match="where adapters are converted, cannot be written"):
+        await other.start(version_of(adapter))
+    assert servers_of() == []
+    await other.close()
 
 
 async def test_adapter_of_another_base_is_refused(opened: LlamaCppApplier, llama: Path, tmp_path: Path) -> None:

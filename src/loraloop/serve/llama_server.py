@@ -13,7 +13,8 @@ import os
 import secrets
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Self
@@ -93,7 +94,10 @@ class LlamaCppApplier:
         for package in ("xllamacpp", "httpx2"):
             if importlib.util.find_spec(package) is None:
                 raise ServingError(f"serving by llama.cpp needs the package {package}; pip install 'loraloop[serve]'")
-        found, sha256 = await asyncio.to_thread(_find_base, base, folder, chosen.base_dtype)
+        try:
+            found, sha256 = await asyncio.to_thread(_find_base, base, folder, chosen.base_dtype)
+        except OSError as error:
+            raise ServingError(f"base model {base!r} cannot be opened for serving from {folder} ({error})") from error
         return cls(found, Version.of_base(sha256), folder, chosen)
 
     @property
@@ -123,11 +127,11 @@ class LlamaCppApplier:
             raise ServingError(f"{version.name}: {'; '.join(findings)}")
         if _stamp(self._base.path) != self._stamp:
             raise ServingError(f"the base model {self._base.path} was changed since it was opened; put it back, or open it anew")
-        with tempfile.TemporaryDirectory(prefix="adapter-", dir=self._folder) as aside:  # the server reads it once
-            adapter = None
-            if version.adapter_path is not None:
-                adapter = Path(aside) / "adapter.gguf"
-                await asyncio.to_thread(self._write, version, adapter)
+        if version.adapter_path is None:
+            return await self._launch(version, None)
+        with _folder_aside(self._folder) as aside:  # the server reads it once
+            adapter = aside / "adapter.gguf"
+            await asyncio.to_thread(self._write, version, adapter)
             return await self._launch(version, adapter)
 
     async def is_healthy(self, endpoint: Endpoint) -> bool:
@@ -237,6 +241,17 @@ class LlamaCppApplier:
             return "its server is stopped"
         await process.wait_end(_SETTLE_SECONDS)
         return process.describe_end()
+
+
+@contextmanager
+def _folder_aside(folder: Path) -> Iterator[Path]:
+    """A folder for what is needed until a server is up. Raises ServingError when there can be none."""
+    try:
+        aside = tempfile.TemporaryDirectory(prefix="adapter-", dir=folder, ignore_cleanup_errors=True)
+    except OSError as error:
+        raise ServingError(f"{folder}, where adapters are converted, cannot be written ({error.strerror}); nothing was started") from error
+    with aside as path:
+        yield Path(path)
 
 
 def _find_base(base: str, folder: Path, dtype: GgufDtype) -> tuple[GgufBase, str]:
