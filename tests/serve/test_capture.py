@@ -284,6 +284,15 @@ def test_a_full_queue_drops_records_and_no_calls(tmp_path, store):
     assert store.query() == []
 
 
+def test_what_json_cannot_hold_is_dropped_alone(recorder, client, store):
+    raw = client.chat.completions.with_raw_response.create(model="agent", messages=[{"role": "user", "content": "odd number"}])
+    assert raw.status_code == 200
+    wait_for(lambda: record_of(client, raw.headers["x-loraloop-record"]).status_code == 404)
+    ask(client, list(OPENING), streams=False)
+    assert len(stored(store, 1)) == 1
+    assert recorder.status()["dropped"] == 1
+
+
 def test_a_full_disk_drops_records_and_no_calls_and_recording_goes_on_when_there_is_room(tmp_path, store):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     with recording(tmp_path, store) as recorder, routed(recorder) as client:

@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx2
+import pytest
 from upstream import Upstream, serving
 
+from loraloop.errors import LeaseHeld
 from loraloop.serve.capture import Recorder
 from loraloop.serve.journal import Journal
 from loraloop.store.sql import SqlEpisodeStore
@@ -93,8 +95,8 @@ def _talk(url: str, name: str, killer: Killer) -> None:
 def test_a_line_that_its_writer_never_finished_is_put_aside(tmp_path):
     journal = Journal(tmp_path)
     journal.open()
-    journal.append([{"a": 1}])
-    journal.seal()
+    journal.append(['{"a":1}'])
+    journal.close()
     (segment,) = journal.segments()
     with segment.open("ab") as file:
         file.write(b'{"b":')
@@ -102,7 +104,7 @@ def test_a_line_that_its_writer_never_finished_is_put_aside(tmp_path):
     again.open()
     assert segment.read_text() == '{"a":1}\n'
     assert segment.with_suffix(".torn").read_text() == '{"b":'
-    again.append([{"c": 3}])
+    again.append(['{"c":3}'])
     assert [path.name for path in again.sealed()] == [segment.name]
 
 
@@ -110,11 +112,21 @@ def test_a_segment_is_removed_only_after_its_content_is_stored(tmp_path):
     with SqlEpisodeStore(tmp_path / "episodes.db") as store:
         journal = Journal(tmp_path / "capture")
         journal.open()
-        journal.append([{"kind": "never heard of"}, {"kind": "call", "id": "x"}])
-        journal.seal()
+        journal.append(['{"kind": "never heard of"}', '{"kind": "call", "id": "x"}'])
+        journal.close()
         recorder = Recorder(tmp_path / "capture", store)
         recorder.start()
         recorder.close()
         assert recorder.status()["unreadable"] == 2
         assert journal.segments() == []
         assert len((tmp_path / "capture" / "unreadable.jsonl").read_text().splitlines()) == 2
+
+
+def test_two_routers_do_not_record_into_one_folder(tmp_path):
+    one, other = Journal(tmp_path), Journal(tmp_path)
+    one.open()
+    with pytest.raises(LeaseHeld, match="another process records into"):
+        other.open()
+    one.close()
+    other.open()
+    other.close()

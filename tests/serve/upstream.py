@@ -23,6 +23,10 @@ from loraloop.serve.listener import open_listener
 
 VERSION = Version(name="agent@0123456789ab")
 CALL = {"id": "call_1", "type": "function", "function": {"name": "weather", "arguments": '{"city":  "Oslo"}'}}
+RAW = {
+    "no json": "{",
+    "odd number": '{"choices": [{"message": {"content": "a"}, "logprobs": {"content": [{"logprob": NaN}]}}]}',
+}
 
 
 class Upstream:
@@ -46,8 +50,8 @@ class Upstream:
         said = last.get("content") or ""
         if said.startswith("status "):
             return JSONResponse({"error": {"message": "as you wish", "type": "t", "code": "c", "param": "p"}}, int(said.split()[1]))
-        if said == "no json":
-            return PlainTextResponse("{", media_type="application/json")
+        if said in RAW:
+            return PlainTextResponse(RAW[said], media_type="application/json")
         if said == "no choices":
             return JSONResponse({"object": "chat.completion"})
         if said == "slow":

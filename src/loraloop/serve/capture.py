@@ -22,7 +22,7 @@ from pydantic import JsonValue
 
 from loraloop.episode import Episode, EpisodeId, LlmCallRecord, Outcome, now_ms
 from loraloop.errors import ServingError, StoreError
-from loraloop.files import read_jsonl
+from loraloop.files import json_line, read_jsonl
 from loraloop.ids import SortableId
 from loraloop.plugins import EpisodeStore
 from loraloop.serve.call_record import Call, to_line, to_records
@@ -93,13 +93,14 @@ class _Known:
     why: str = ""
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Waiting:
     """A line on its way into the journal."""
 
     line: Mapping[str, Any]
     receipt: Receipt | None = None
     kept: Future[None] | None = None
+    problem: Exception | None = None
 
 
 class Recorder:
@@ -136,13 +137,13 @@ class Recorder:
     def start(self) -> None:
         """Take up what was left by the last one, and begin. A store that takes nothing now is tried again later.
 
-        Raises OSError when the folder cannot be used.
+        Raises LeaseHeld when another process records into the folder, OSError when it cannot be used.
         """
         self._journal.open()
         try:
-            open_episodes = self._book.load()
+            self._book.load()
             self._store_sealed()
-            for episode in [*open_episodes, *self._book.load()]:
+            for episode in self._book.load():
                 self._recall(episode)
         except StoreError as error:
             self._last_error = str(error)
@@ -161,6 +162,7 @@ class Recorder:
         for thread in self._threads:
             thread.join()
         self._threads = []
+        self._journal.close()
 
     def status(self) -> dict[str, JsonValue]:
         """What waits, what was recorded and dropped since the start, and the last trouble."""
@@ -267,10 +269,16 @@ class Recorder:
                 return
 
     def _write(self, waiting: Sequence[_Waiting]) -> None:
-        error: OSError | ValueError | None = None
+        lines: list[str] = []
+        for each in waiting:
+            try:
+                lines.append(json_line(each.line))
+            except (ValueError, RecursionError) as odd:  # such as a NaN among a server's log-probabilities: this record, no other
+                each.problem = odd
+        error: OSError | None = None
         try:
-            self._journal.append([each.line for each in waiting])
-        except (OSError, ValueError) as caught:
+            self._journal.append(lines)
+        except OSError as caught:
             error = caught
         size = self._count_bytes()
         with self._lock:
@@ -279,12 +287,13 @@ class Recorder:
                 self._last_error = f"the journal cannot be written: {error}"
                 self._broken_until = time.monotonic() + RETRY_SECONDS
             for each in waiting:
+                each.problem = each.problem or error
                 if each.receipt is not None:
-                    self._settle(each.receipt, error)
+                    self._settle(each.receipt, each.problem)
         for each in waiting:
             if each.kept is not None and not each.kept.cancelled():
                 with suppress(Exception):  # whoever waited has left meanwhile
-                    each.kept.set_exception(error) if error is not None else each.kept.set_result(None)
+                    each.kept.set_exception(each.problem) if each.problem is not None else each.kept.set_result(None)
 
     def _settle(self, receipt: Receipt, error: Exception | None) -> None:
         self._n_reserved -= 1

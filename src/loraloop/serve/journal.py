@@ -6,6 +6,7 @@ death of its writer was acknowledged to nobody, and is put aside, never read as 
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import threading
@@ -14,7 +15,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from loraloop.files import json_line, sync, write_atomic
+from loraloop.errors import LeaseHeld
+from loraloop.files import sync, write_atomic
 
 _NAME = re.compile(r"journal-(\d{10})\.jsonl")
 
@@ -25,35 +27,52 @@ class Journal:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._number = 0
+        self._alone: int | None = None
         self._handle: int | None = None
         self._size = 0
         self._opened_at = 0.0
         self._lock = threading.Lock()  # of which segment is written to
 
     def open(self) -> None:
-        """Make the folder, and put aside what a writer that died has left half written. Raises OSError."""
+        """Make the folder, have it alone until `close`, and put aside what a writer that died has left half written.
+
+        Raises LeaseHeld when another process has it, OSError when it cannot be used.
+        """
         self._folder.mkdir(parents=True, exist_ok=True)
+        self._alone = os.open(self._folder, os.O_RDONLY)
+        try:
+            fcntl.flock(self._alone, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self.close()
+            raise LeaseHeld(f"another process records into {self._folder}; end that router, or give this one another folder") from error
         for segment in self.sealed():
             _put_torn_tail_aside(segment)
             self._number = max(self._number, _number_of(segment))
 
-    def append(self, values: Sequence[object]) -> None:
-        """Add a line for each; all are on the disk when this returns.
+    def close(self) -> None:
+        """Seal, and leave the folder to others."""
+        self.seal()
+        if self._alone is not None:
+            os.close(self._alone)  # which gives up the lock too, as the death of the process does
+            self._alone = None
+
+    def append(self, lines: Sequence[str]) -> None:
+        """Add lines of JSON; all are on the disk when this returns.
 
         Raises OSError when they may not be: then what could be taken back is, and none of them counts as written. A segment whose
         fsync failed is never written to again, as the system may have dropped what it was told to keep.
         """
-        lines = "".join(json_line(value) + "\n" for value in values).encode("utf-8", "backslashreplace")
+        content = "".join(line + "\n" for line in lines).encode("utf-8", "backslashreplace")
         handle, before = self._open_segment(), self._size
         try:
-            left = memoryview(lines)
+            left = memoryview(content)
             while left:
                 left = left[os.write(handle, left) :]
             os.fsync(handle)
         except OSError:
             self._take_back(handle, before)
             raise
-        self._size = before + len(lines)
+        self._size = before + len(content)
 
     @property
     def age_seconds(self) -> float:

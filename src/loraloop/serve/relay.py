@@ -77,6 +77,8 @@ class _Exchange:
     """Whether the client has been sent anything."""
     error: str | None = None
     is_servers_fault: bool = False
+    is_over: bool = False
+    """Whether the client has been sent everything; from then on it may leave."""
 
     @property
     def version(self) -> str:
@@ -151,7 +153,7 @@ class Relay:
         try:
             await self._exchange(exchange)
         except asyncio.CancelledError:
-            exchange.error = LEFT
+            exchange.error = exchange.error if exchange.is_over else LEFT
             raise
         finally:
             ticket.release(failed=exchange.is_servers_fault)
@@ -228,6 +230,7 @@ async def _pass_refusal(exchange: _Exchange, status: int, kind: str, body: bytes
     headers = [(b"content-type", kind.encode() or b"application/json"), (b"content-length", str(len(body)).encode()), *exchange.headers]
     await exchange.send({"type": "http.response.start", "status": status, "headers": headers})
     await exchange.send({"type": "http.response.body", "body": body})
+    exchange.is_over = True
 
 
 async def _pass_whole(exchange: _Exchange, body: bytes) -> None:
@@ -242,6 +245,7 @@ async def _pass_whole(exchange: _Exchange, body: bytes) -> None:
     said["model"] = exchange.version
     exchange.has_begun = True
     await send_json(exchange.send, 200, to_json_bytes(said), exchange.headers)
+    exchange.is_over = True
 
 
 async def _pass_stream(exchange: _Exchange, response: httpx2.Response) -> None:
@@ -262,6 +266,7 @@ async def _pass_stream(exchange: _Exchange, response: httpx2.Response) -> None:
         raise Declined(502, message, code="truncated")
     exchange.is_servers_fault = exchange.answer.error is not None
     await exchange.send({"type": "http.response.body", "body": b""})
+    exchange.is_over = True
 
 
 def _read_chunk(exchange: _Exchange, data: bytes) -> bytes:
