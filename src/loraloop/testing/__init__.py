@@ -6,8 +6,18 @@ saying what is not.
 
 from loraloop.testing.applier import check_applier
 from loraloop.testing.episodes import make_episode, make_odd_episodes, make_records
+from loraloop.testing.fake_vllm import FakeVllm
 from loraloop.testing.importer import check_importer
 from loraloop.testing.learn_model import check_learn_model
 from loraloop.testing.store import check_store
 
-__all__ = ["check_applier", "check_importer", "check_learn_model", "check_store", "make_episode", "make_odd_episodes", "make_records"]
+__all__ = [
+    "FakeVllm",
+    "check_applier",
+    "check_importer",
+    "check_learn_model",
+    "check_store",
+    "make_episode",
+    "make_odd_episodes",
+    "make_records",
+]
