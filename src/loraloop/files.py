@@ -18,15 +18,25 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+_to_canonical = json.JSONEncoder(ensure_ascii=False, sort_keys=True, separators=(",", ":"), allow_nan=False).encode
+
 
 def canonical_json(value: object) -> str:
     """The same text for the same value on every machine: sorted keys, no spaces, UTF-8 kept."""
-    return json.dumps(value, ensure_ascii=False, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return _to_canonical(value)
 
 
 def content_hash(value: object, n_hex: int = 32) -> str:
     """BLAKE2b over `canonical_json(value)`, as `n_hex` hex digits."""
-    return hashlib.blake2b(canonical_json(value).encode("utf-8", "surrogatepass"), digest_size=n_hex // 2).hexdigest()
+    return hash_texts(canonical_json(value), n_hex=n_hex)
+
+
+def hash_texts(*texts: str, n_hex: int = 32) -> str:
+    """BLAKE2b over `texts`, one behind the other, as `n_hex` hex digits."""
+    state = hashlib.blake2b(digest_size=n_hex // 2)
+    for text in texts:
+        state.update(text.encode("utf-8", "surrogatepass"))
+    return state.hexdigest()
 
 
 def file_sha256(path: Path) -> str:

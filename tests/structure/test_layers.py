@@ -10,11 +10,13 @@ import pytest
 SOURCE = Path(__file__).parents[2] / "src" / "loraloop"
 
 LAYERS = [
-    {"errors", "ids", "files", "guard", "log_file", "lease", "episode", "training_data", "training_record"},
-    {"settings", "plugins", "chat", "base_model"},
+    {"errors", "ids", "files", "guard", "log_file", "lease", "episode", "training_data", "training_record", "svg"},
+    {"plugins", "chat", "base_model"},
     {"store"},
     {"importers", "label", "learn", "dataset", "data_report", "lora", "train", "evaluate", "serve"},
-    {"pipeline", "retention", "serving"},
+    {"pipeline", "retention", "evaluation", "trigger", "serving", "judgement"},
+    {"settings"},
+    {"daemon"},
     {"project"},
     {"doctor"},
     {"cli"},
@@ -39,7 +41,7 @@ DEFERRED = {
     "xllamacpp",
 }
 """What may be imported inside a function, besides our own modules in the command line."""
-LATE = {"loraloop.train.run", "loraloop.serve.service"}
+LATE = {"loraloop.train.run", "loraloop.train.dense", "loraloop.serve.service"}
 """Ours that stand on such a library from their first line."""
 
 

@@ -12,10 +12,14 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
+
+from pydantic import JsonValue
 
 from loraloop.chat.refused_entry import EntryRefused, shorten, show
 from loraloop.episode import Episode, EpisodeId
-from loraloop.files import canonical_json, content_hash
+from loraloop.files import canonical_json, hash_texts
+from loraloop.importers.remembered import Remembered
 from loraloop.training_data import Refusal
 
 MAX_DEPTH = 100
@@ -57,8 +61,9 @@ def with_content_id(episode: Episode) -> Episode:
     said = episode.model_dump(mode="json", exclude=unsaid, exclude_defaults=True)
     said["outcome"] = episode.model_dump(mode="json", include={"outcome"})["outcome"]
     said["metadata"] = episode.metadata.model_dump(mode="json", exclude={"created_at"}, exclude_defaults=True)
-    said["tools"] = [json.dumps(tool, ensure_ascii=False) for tool in episode.tools]
-    return episode.model_copy(update={"id": EpisodeId.from_content(content_hash(said))})
+    # the tools come last by the alphabet, as a list of texts
+    digest = hash_texts(canonical_json(said)[:-1], ',"tools":', _tools_as_texts(episode.tools), "}")
+    return episode.model_copy(update={"id": EpisodeId.from_content(digest)})
 
 
 def require_clean(value: object) -> None:
@@ -66,6 +71,8 @@ def require_clean(value: object) -> None:
 
     JSON can spell all of these, but UTF-8 files, databases and JSON writers cannot take them.
     """
+    if _is_clean(value):
+        return
     waiting = [(value, 0)]
     while waiting:
         item, depth = waiting.pop()
@@ -79,6 +86,18 @@ def require_clean(value: object) -> None:
             waiting.extend((part, depth + 1) for pair in item.items() for part in pair)
         elif isinstance(item, list):
             waiting.extend((part, depth + 1) for part in item)
+
+
+def is_clean_text(text: str) -> bool:
+    """Whether `text` has neither NUL nor half a surrogate pair."""
+    if "\0" in text:
+        return False
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            return False
+    return True
 
 
 def require_object(value: object, keys: Iterable[str], example: str) -> dict[str, object]:
@@ -121,6 +140,36 @@ def ignored_tag(names: Iterable[str]) -> dict[str, str]:
     """The tag that lists keys left behind, each once and sorted; no tag when there are none."""
     distinct = sorted(set(names))
     return {IGNORED_KEYS_TAG: canonical_json(distinct)} if distinct else {}
+
+
+def _is_clean(value: object) -> bool:
+    """Whether there is certainly nothing to refuse; level by level, and without looking for the words to say what there is."""
+    level = [value]
+    for _ in range(MAX_DEPTH + 1):
+        below: list[object] = []
+        for item in level:
+            kind = type(item)
+            if kind is str:
+                if not is_clean_text(cast("str", item)):
+                    return False
+            elif kind is dict:
+                below += cast("dict[object, object]", item)
+                below += cast("dict[object, object]", item).values()
+            elif kind is list:
+                below += cast("list[object]", item)
+            elif not (item is None or kind is bool or kind is int or (kind is float and math.isfinite(cast("float", item)))):
+                return False
+        if not below:
+            return True
+        level = below
+    return False
+
+
+def _as_texts(tools: tuple[dict[str, JsonValue], ...]) -> str:
+    return canonical_json([json.dumps(tool, ensure_ascii=False) for tool in tools])
+
+
+_tools_as_texts = Remembered(_as_texts)
 
 
 def _require_clean_text(text: str) -> None:

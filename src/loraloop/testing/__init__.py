@@ -5,6 +5,7 @@ saying what is not.
 """
 
 from loraloop.testing.applier import check_applier
+from loraloop.testing.environment import check_environment
 from loraloop.testing.episodes import make_episode, make_odd_episodes, make_records
 from loraloop.testing.fake_vllm import FakeVllm
 from loraloop.testing.importer import check_importer
@@ -14,6 +15,7 @@ from loraloop.testing.store import check_store
 __all__ = [
     "FakeVllm",
     "check_applier",
+    "check_environment",
     "check_importer",
     "check_learn_model",
     "check_store",
