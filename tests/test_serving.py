@@ -10,12 +10,16 @@ from models_made import save_model
 from typer.testing import CliRunner
 
 from loraloop.cli.main import app
+from loraloop.dataset import DatasetSettings
+from loraloop.episode import EpisodeId, Message
 from loraloop.errors import LoraTrainerError, ServingError
 from loraloop.lora.model import TrainedModel
 from loraloop.lora.states import ModelState
 from loraloop.project import Project
 from loraloop.serve.aliases import AliasFile, AliasTable, Served
 from loraloop.serve.applier import Version
+from loraloop.serving import check_unchanged, list_probe_texts
+from loraloop.testing import make_episode
 
 
 def save(project: Project, text: str, *states: str) -> TrainedModel:
@@ -112,3 +116,37 @@ def test_the_commands_give_json_and_refuse_what_makes_no_sense(tmp_path: Path) -
     for wrong in (["apply"], ["apply", "x", "--promote"], ["apply", "x", "--canary", "0%"], ["apply", "x", "--canary", "much"]):
         assert run(app, [*wrong, *at]).exit_code == 2
     assert run(app, ["apply", "latest", "--alias", "A B", *at]).exit_code == 2
+
+
+def test_a_version_whose_model_has_changed_or_gone_is_found(tmp_path: Path) -> None:
+    with Project(tmp_path) as project:
+        model = save(project, "good", "promoted")
+        version = to_version(model)
+        check_unchanged(project.registry, version)
+        with pytest.raises(ServingError, match="is named by"):
+            check_unchanged(project.registry, version.model_copy(update={"adapter_sha256": "0" * 64}))
+        (model.adapter_path / "adapter_model.safetensors").write_text("other")
+        with pytest.raises(ServingError, match="differs from what was recorded"):
+            check_unchanged(project.registry, version)
+        with pytest.raises(ServingError, match="no model"):
+            check_unchanged(project.registry, version.model_copy(update={"model_id": "lora-0000000000000-00000000"}))
+
+
+def test_probe_texts_are_the_ends_of_what_a_model_was_trained_on(tmp_path: Path) -> None:
+    with Project(tmp_path) as project:
+        asked = [
+            [Message(role="user", content=f"{number} " * 40 + "?"), Message(role="assistant", content="word " * number)]
+            for number in range(2, 12)
+        ]
+        project.store.append_many(
+            [make_episode(id=EpisodeId.new(), task_id=str(number), messages=tuple(messages)) for number, messages in enumerate(asked)]
+        )
+        dataset = project.build(settings=DatasetSettings(unknown_license="allow"))
+        files = {"adapter_config.json": '{"r": 8}', "adapter_model.safetensors": "x"}
+        trained = save_model(tmp_path / "models", files, dataset=dataset.id)
+        texts = list_probe_texts(project.registry, tmp_path / "datasets", to_version(trained))
+        last = [sample.messages[-1].content or "" for sample in dataset.load_training()[:4]]
+        assert len(texts) == len(last) > 0
+        assert all(text.endswith(end[-300:]) and len(text) <= 300 for text, end in zip(texts, last, strict=True))
+        other = save_model(tmp_path / "models", files, dataset="gone")
+        assert list_probe_texts(project.registry, tmp_path / "datasets", to_version(other)) == []

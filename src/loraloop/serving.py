@@ -14,17 +14,21 @@ import asyncio
 import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from itertools import islice
 from pathlib import Path
 
+from loraloop.dataset.manifest import TRAIN_FILE
 from loraloop.episode import now_ms
-from loraloop.errors import LeaseHeld, ServingError, UnknownModel
+from loraloop.errors import LeaseHeld, LoraTrainerError, ServingError, UnknownModel
+from loraloop.files import read_jsonl
 from loraloop.lease import Lease
 from loraloop.lora.model import LoraModelId
 from loraloop.lora.registry import LoraModelRegistry
 from loraloop.lora.states import ModelState
 from loraloop.plugins import EpisodeStore
 from loraloop.serve.aliases import AliasFile, Served, make_move
-from loraloop.serve.applier import BASE, Version
+from loraloop.serve.applier import BASE, Applier, Endpoint, Version
 from loraloop.serve.fleet_status import ApplyReport, name_both
 from loraloop.serve.orders import (
     LEASE_FILE,
@@ -38,7 +42,11 @@ from loraloop.serve.orders import (
     find_service,
     tell,
 )
-from loraloop.serve.proof import Prover
+from loraloop.serve.proof import Proof, Prover
+from loraloop.training_data import TrainingData
+
+N_SAMPLES = 4
+PROBE_CHARACTERS = 300
 
 
 def serve(
@@ -54,12 +62,45 @@ def serve(
             raise ServingError(f"serving needs the package {package}; pip install 'loraloop[serve]'")
     from loraloop.serve.service import run_service
 
-    def find(order: ApplyOrder) -> tuple[Version, str]:
-        return find_version(registry, order)
+    prover = Prover(
+        folder / "references",
+        None if "://" in settings.base else settings.base,
+        lambda version: list_probe_texts(registry, folder.parent / "datasets", version),
+    )
+
+    async def prove(applier: Applier, base: Endpoint, green: Endpoint) -> Proof:
+        await asyncio.to_thread(check_unchanged, registry, green.version)
+        return await prover.prove(applier, base, green)
 
     folder.mkdir(parents=True, exist_ok=True)
-    prover = Prover(folder / "references", None if "://" in settings.base else settings.base)
-    return asyncio.run(run_service(folder, store, settings, find_version=find, prove=prover.prove, on_ready=on_ready))
+    find = partial(find_version, registry)
+    return asyncio.run(run_service(folder, store, settings, find_version=find, prove=prove, on_ready=on_ready))
+
+
+def check_unchanged(registry: LoraModelRegistry, version: Version) -> None:
+    """Look whether the adapter's files are still those that the version is named by, at a rollback and a restart too.
+
+    Raises ServingError when they are not, or the model is gone.
+    """
+    if version.model_id is None:
+        return
+    try:
+        found = registry.verify(version.model_id).adapter_sha256
+    except LoraTrainerError as error:
+        raise ServingError(f"{version.name}: {error}") from error
+    if found != version.adapter_sha256:
+        raise ServingError(f"{version.name} is named by {version.adapter_sha256}, and the adapter of {version.model_id} is {found}")
+
+
+def list_probe_texts(registry: LoraModelRegistry, datasets: Path, version: Version) -> list[str]:
+    """The ends of the first samples that a version was trained on, where its effect is plainest; none where they cannot be read."""
+    try:
+        dataset = registry.get(version.model_id or "").dataset
+        lines = islice(read_jsonl(datasets / dataset / TRAIN_FILE), N_SAMPLES) if dataset else ()
+        samples = [TrainingData.from_line(line) for line in lines]
+    except (LoraTrainerError, OSError, ValueError):
+        return []
+    return ["\n".join(message.content or "" for message in sample.messages)[-PROBE_CHARACTERS:] for sample in samples]
 
 
 def find_version(registry: LoraModelRegistry, order: ApplyOrder) -> tuple[Version, str]:

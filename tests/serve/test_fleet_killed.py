@@ -28,9 +28,11 @@ async def test_killed_while_the_alias_moves_it_serves_what_the_disk_says(tmp_pat
     async with open_fleet(tmp_path / "serving") as (fleet, applier):
         assert await ask(fleet, applier) == expected.name
         assert fleet.status().problems == ()
+        last = AliasFile(tmp_path / "serving").read_history()[-1]
+        assert (last.kind, last.after) == ("recovered" if when == "after" else "apply", expected.name)
         assert len(applier.processes) == 2
         await fleet.apply(make_adapter(tmp_path / "c", 3), "agent")
         history = [move.after for move in AliasFile(tmp_path / "serving").read_history()]
         assert history[-1] == make_adapter(tmp_path / "c", 3).name
         before = AliasFile(tmp_path / "serving").read_history()[-1].before
-        assert before == expected.name, "also when the line of the move that was made is missing"
+        assert before == expected.name

@@ -75,7 +75,7 @@ class Move(Frozen):
     """The user of this machine that the service ran as."""
     alias: str
     kind: str
-    """`apply`, `rollback`, `canary`, `promote`, `canary_rolled_back` or `wanted`."""
+    """`apply`, `rollback`, `canary`, `promote`, `canary_rolled_back`, `wanted`, or `recovered` for one that a killed process made."""
     before: str | None
     """The version's name that answered until then."""
     after: str | None
@@ -151,6 +151,19 @@ class AliasFile:
         except OSError as error:
             return f"the move of {move.alias} is made and not in {self.history_path}: {error}"
         return None
+
+    def complete(self, table: AliasTable) -> str | None:
+        """Add the lines of moves that were made by a process that was killed before it wrote them; what went wrong, in words, else None."""
+        try:
+            told = {move.alias: move.served for move in self.read_history()}
+        except ServingError as error:
+            return str(error)
+        problems = [
+            self.tell(make_move(alias, "recovered", told.get(alias, Served()), served, "whoever made it was killed"))
+            for alias, served in sorted(table.aliases.items())
+            if told.get(alias) != served
+        ]
+        return next(filter(None, problems), None)
 
 
 def make_move(alias: str, kind: str, before: Served, after: Served, why: str, *, proof: Mapping[str, JsonValue] | None = None) -> Move:

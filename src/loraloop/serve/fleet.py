@@ -194,7 +194,8 @@ class Fleet:
         proof = loaded.proof if loaded is not None and loaded.version in (after.version, after.canary and after.canary.version) else None
         move = make_move(alias, kind, before, after, why, proof=dict(proof.figures) if proof else None)
         self._note("history", self._file.tell(move))
-        self._note("aliases", None)
+        for settled in ("aliases", f"wanted {alias}", f"canary {alias}"):
+            self._note(settled, None)
         shown = after.canary.version if kind == "canary" and after.canary else after.version
         assert shown is not None  # noqa: S101  an order moves to a version
         return ApplyReport(
@@ -223,6 +224,7 @@ class Fleet:
             role, state = roles.get(loaded.version.name), loaded.state
             if role is None:
                 self._retries.pop(loaded.version.name, None)
+                self._note(loaded.version.name, None)
                 if state in ANSWERING:
                     self._loader.drain(loaded)
             elif state is VersionState.DRAINING:
@@ -239,6 +241,7 @@ class Fleet:
         """
         self._table = self._file.read()
         self._note("aliases", self._table.problem)
+        self._note("history", self._file.complete(self._table))
         await self._loader.bring_up(self.base)
         self._settle()
         for alias, served in self._aliases():

@@ -23,7 +23,7 @@ class FleetSettings:
     """So long a version that is replaced may go on with what it has begun; then it is stopped all the same."""
     look_seconds: float = 1.0
     """How often every version is asked whether it answers."""
-    missed_looks: int = 2
+    missed_looks: int = 3
     """So many times in a row it must not answer to be taken for dead."""
     first_wait_seconds: float = 1.0
     """Before a version that died is started again; doubled with each time that it does not come up."""

@@ -19,6 +19,7 @@ import json
 import logging
 import os
 import sys
+import zipfile
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,20 +123,25 @@ class Prover:
         base = self._base or _base_of(version.adapter_path)
         key = content_hash([FORMAT, base, version.base_sha256, version.adapter_sha256, list(texts), MAX_PROMPT_TOKENS])
         target = self._folder / f"{key}.npz"
-        if not target.exists():
-            plan = ReferencePlan(
-                base=base,
-                base_sha256=version.base_sha256,
-                adapter=version.adapter_path,
-                texts=texts,
-                max_tokens=MAX_PROMPT_TOKENS,
-                target=target,
-            )
-            self._folder.mkdir(parents=True, exist_ok=True)
-            await _compute(plan)
-            for old in sorted(self._folder.glob("*.npz"), key=lambda path: path.stat().st_mtime)[:-KEPT_REFERENCES]:
-                old.unlink(missing_ok=True)
-        return await asyncio.to_thread(_load, target)
+        found = await asyncio.to_thread(_load, target)
+        if found is not None:
+            return found
+        plan = ReferencePlan(
+            base=base,
+            base_sha256=version.base_sha256,
+            adapter=version.adapter_path,
+            texts=texts,
+            max_tokens=MAX_PROMPT_TOKENS,
+            target=target,
+        )
+        self._folder.mkdir(parents=True, exist_ok=True)
+        await _compute(plan)
+        for old in sorted(self._folder.glob("*.npz"), key=lambda path: path.stat().st_mtime)[:-KEPT_REFERENCES]:
+            old.unlink(missing_ok=True)
+        found = await asyncio.to_thread(_load, target)
+        if found is None:
+            raise ServingError(f"the reference {target} cannot be read though it was just written")
+        return found
 
 
 def judge(
@@ -229,10 +235,11 @@ async def _compute(plan: ReferencePlan) -> None:
         raise ServingError(f"the reference by transformers and PEFT cannot be computed (exit {process.returncode}):\n{tail}")
 
 
-def _load(path: Path) -> Reference:
+def _load(path: Path) -> Reference | None:
+    """What was computed before; None when it was not, or cannot be read."""
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             tokens, base, adapter = (arrays[name] for name in ("tokens", "base", "adapter"))
-    except (OSError, ValueError, KeyError) as error:
-        raise ServingError(f"the reference {path} cannot be read ({error}); delete it, it is computed anew") from error
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return None
     return Reference(tuple(tuple(int(token) for token in row if token >= 0) for row in tokens), base, adapter)

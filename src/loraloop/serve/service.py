@@ -111,7 +111,7 @@ class _Server(uvicorn.Server):
             self.signal = number
             self.should_exit = True
 
-        numbers = (signal.SIGTERM, signal.SIGINT)
+        numbers = [number for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP) if signal.getsignal(number) is not signal.SIG_IGN]
         for number in numbers:
             loop.add_signal_handler(number, end, number)
         try:

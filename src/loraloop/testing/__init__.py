@@ -7,11 +7,13 @@ saying what is not.
 from loraloop.testing.applier import check_applier
 from loraloop.testing.environment import check_environment
 from loraloop.testing.episodes import make_episode, make_odd_episodes, make_records
+from loraloop.testing.fake_vllm import FakeVllm
 from loraloop.testing.importer import check_importer
 from loraloop.testing.learn_model import check_learn_model
 from loraloop.testing.store import check_store
 
 __all__ = [
+    "FakeVllm",
     "check_applier",
     "check_environment",
     "check_importer",
