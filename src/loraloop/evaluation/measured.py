@@ -91,13 +91,14 @@ def _play(folder: Path, work: Work, loaded: Loaded, how: tuple[EvaluationOptions
     assert work.schedule is not None  # noqa: S101  looked at before
     name = work.schedule.suite.name
     speakers = {side: open_speaker(side) for side in SIDES}
-    won, paid, stopped = play_both(work.schedule, speakers, Plays(folder), on_progress=options.on_progress, stop=early)
+    scores, stopped = play_both(work.schedule, speakers, Plays(folder), on_progress=options.on_progress, stop=early)
     if early is not None:  # the last block decides nothing any more, and is looked at all the same
-        early([one.candidate for one in won], [one.opponent for one in won])
+        early([one.candidate for one in scores.success], [one.opponent for one in scores.success])
         early.stopped = stopped
-    comparisons = [Comparison.of(f"{name}: success", won)]
-    if won != paid:
-        comparisons.append(Comparison.of(f"{name}: reward", paid))
+    comparisons = [Comparison.of(f"{name}: success", scores.success)]
+    if scores.reward != scores.success:
+        comparisons.append(Comparison.of(f"{name}: reward", scores.reward))
+    comparisons.append(Comparison.of(f"{name}: actions executed", scores.executed))
     return comparisons
 
 
