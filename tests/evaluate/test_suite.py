@@ -62,7 +62,8 @@ def test_an_evaluation_is_paired_and_kept(made, tmp_path: Path) -> None:
         assert {one.task for one in primary.regressions} == {one.task for one in primary.scores if one.candidate < one.opponent}
         assert found.notes == ("nothing left out",)
         assert (heard[-1].done, heard[-1].total, len(heard[-1].partial)) == (40, 40, 20)
-        assert heard[0].eta_s is not None
+        assert (heard[0].done, heard[0].what) == (0, "plays (16 under way, at token 0)"), "a sign of life before the first play is over"
+        assert next(one for one in heard if one.done).eta_s is not None
 
         plays = list(Plays(tmp_path / "project" / "evaluations" / found.id))
         assert len(plays) == 40
