@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import os
 import re
@@ -13,10 +12,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from loraloop.dataset.settings import DatasetSettings
+from loraloop import settings
 from loraloop.learn.outcome_rules import OutcomeSettings, to_markdown
 from loraloop.lora import states
-from loraloop.lora.config import LoraTrainerConfig, TrainOptions
 from loraloop.serve import states as version_states
 
 REFERENCE = Path(__file__).parent / "reference"
@@ -31,9 +29,15 @@ COMMANDS = [
     ["evaluate"],
     *([noun, verb] for noun in ("episodes", "datasets", "models") for verb in ("list", "show")),
     ["models", "delete"],
+    ["watch"],
+    ["watch", "pause"],
+    ["watch", "resume"],
+    ["status"],
+    ["settings", "show"],
     ["export"],
     ["apply"],
     ["rollback"],
+    ["serve"],
     ["serve", "status"],
 ]
 
@@ -49,13 +53,17 @@ def cli_page() -> str:
 
 
 def settings_page() -> str:
-    """The fields of the trainer's configuration and of a dataset's, with the string under each as its description."""
-    parts = [
-        "# Settings\n\nWritten by `make docs` from `lora/config.py` and `dataset/settings.py`. Every value is checked when it is set.\n"
-    ]
-    for kind in (LoraTrainerConfig, TrainOptions, DatasetSettings):
-        rows = "\n".join(_rows(kind))
-        parts.append(f"## {kind.__name__}\n\n{inspect.getdoc(kind)}\n\n| field | default | |\n|---|---|---|\n{rows}\n")
+    """Every section of `loraloop.toml`, with the string under each field as its description."""
+    intro = (
+        "# Settings\n\nWritten by `make docs` from the classes that declare them; `loraloop.settings.SECTIONS` says which section each\n"
+        "is of. In `loraloop.toml` in the project's directory, in the environment as `LORALOOP_<SECTION>_<NAME>`, which goes before\n"
+        "the file, or in Python as arguments of the class. Every value is checked when it is set. `loraloop settings show` tells\n"
+        "where each comes from.\n"
+    )
+    parts = [intro]
+    for section, kind in [*settings.describe(), ("[watch.scenario]", settings.ScenarioSettings)]:
+        title = f"## `[{section}]`: {kind.__name__}\n\n{inspect.getdoc(kind)}"
+        parts.append("\n".join([title, "\n| field | default | |\n|---|---|---|", *_rows(kind), ""]))
     return "\n".join(parts)
 
 
@@ -105,8 +113,14 @@ def _help(arguments: list[str]) -> str:
 
 
 def _rows(kind: type) -> list[str]:
-    """A row of a table for each field of a dataclass of settings."""
-    return [f"| `{field.name}` | `{field.default!r}` | {_description(kind, field.name)} |" for field in dataclasses.fields(kind)]
+    """A row of a table for each field of a class of settings."""
+    fields = settings.fields_of(kind).items()
+    return [f"| `{name}` | `{_shown(default)}` | {_description(kind, name)} |" for name, (_, default) in fields]
+
+
+def _shown(default: object) -> str:
+    """The default of a setting; one scenario is there unless the file has others."""
+    return "one scenario" if default == (settings.ScenarioSettings(),) else repr(default)
 
 
 def _description(kind: type, name: str) -> str:

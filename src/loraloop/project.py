@@ -7,21 +7,28 @@ files were read.
 
 from __future__ import annotations
 
-import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TextIO
 
-from loraloop import pipeline, retention, serving
+from loraloop import judgement, pipeline, retention, serving
 from loraloop.chat.rows import ACCEPTED
+from loraloop.daemon import state
+from loraloop.daemon.cycle import CycleReport
+from loraloop.daemon.project_stages import ProjectStages, Proof, Serving
+from loraloop.daemon.status import LoopStatus, status_of
+from loraloop.daemon.watch import Watch, choose
 from loraloop.data_report.findings import Findings, ReportOptions
 from loraloop.dataset import Dataset, DatasetSettings, list_datasets, list_folders, open_dataset
 from loraloop.episode import CONVERSATION, EpisodeFilter, Label
 from loraloop.errors import DatasetError, StoreError
+from loraloop.evaluate.contamination import Overlap
+from loraloop.evaluate.gate import Evidence
 from loraloop.evaluate.report import to_html
 from loraloop.evaluate.result import Evaluation
+from loraloop.evaluate.verdict import Policy, Verdict
 from loraloop.evaluation import EvaluationOptions, Evaluator, Sources
 from loraloop.files import write_atomic
 from loraloop.importers.ingest import IngestReport
@@ -37,25 +44,24 @@ from loraloop.plugins import LearnModel, find
 from loraloop.retention import ForgetReport, PruneReport
 from loraloop.serve.aliases import Served
 from loraloop.serve.fleet_status import ApplyReport
-from loraloop.serve.orders import DEFAULT_ALIAS, ApplyOrder, PromoteOrder, RollbackOrder, ServiceStatus
+from loraloop.serve.orders import DEFAULT_ALIAS, ApplyOrder, PromoteOrder, RollbackOrder, ServiceAddress, ServiceSettings, ServiceStatus
+from loraloop.settings import load_settings
 from loraloop.store.sql import SqlEpisodeStore
 from loraloop.training_data import Method
-
-STORE_URL = "LORALOOP_STORE_URL"
-"""The environment variable that names a store elsewhere."""
 
 
 class Project:
     """An open project directory; a context manager. Made when it is not there, unless `create` is False: then StoreError.
 
-    Its episodes are in `episodes.db`, or at `store_url`, such as `postgresql+psycopg://USER@HOST/DATABASE`; without one at what the
-    environment's `LORALOOP_STORE_URL` says.
+    Its episodes are in `episodes.db`, or at `store_url`, such as `postgresql+psycopg://USER@HOST/DATABASE`; without one at what its
+    settings say, the environment's `LORALOOP_STORE_URL` first. Raises SettingsError for settings that cannot be.
     """
 
     def __init__(self, directory: str | Path, *, create: bool = True, store_url: str | None = None) -> None:
         self.directory = Path(directory)
         database = self.directory / "episodes.db"
-        url = store_url or os.environ.get(STORE_URL)
+        self.settings = load_settings(self.directory)
+        url = store_url or self.settings.get("store", "url")
         if not create and not (self.directory if url else database).exists():
             lacks = "" if url else f" (it has no {database.name})"
             raise StoreError(f"no project in {self.directory}{lacks}; begin one with `loraloop ingest PATH`")
@@ -111,8 +117,10 @@ class Project:
         score_rule: ScoreRule | None = None,
     ) -> Iterator[IngestReport]:
         """Read what is new in growing files into the store, until `wait`, called when there is nothing new, says False."""
-        state = self.directory / "followed.json"
-        return pipeline.follow(self.store, paths, state, wait, format_name=format_name, license_name=license_name, score_rule=score_rule)
+        positions = self.directory / "followed.json"
+        return pipeline.follow(
+            self.store, paths, positions, wait, format_name=format_name, license_name=license_name, score_rule=score_rule
+        )
 
     def export(self, target: Path | TextIO, format_name: str = "openai", episode_filter: EpisodeFilter | None = None) -> Counter[str]:
         """Write episodes to a file as OpenAI chat lines or ATIF trajectories; counts by outcome. Raises SettingsError."""
@@ -193,6 +201,35 @@ class Project:
         trainer = LoraTrainer.of_run(run, self.store, output_dir=self.directory / "models", **changes)
         return pipeline.resume(trainer, run, on_event, force=force)
 
+    def watch(
+        self,
+        aliases: Sequence[str] = (),
+        *,
+        once: bool = False,
+        interval_seconds: float | None = None,
+        proof: Proof | None = None,
+        serving: Serving | None = None,
+    ) -> Generator[CycleReport, None, None]:
+        """Run the loops of these aliases, of all without any, and give a report of every cycle; see `Watch.run`.
+
+        Raises SettingsError for an alias that there is not, LeaseHeld when another process watches the project.
+        """
+        scenarios = choose(self.settings.scenarios, aliases)
+        stages = ProjectStages(self, self.settings, proof=proof, serving=serving)
+        seconds = self.settings.get("watch", "interval_seconds") if interval_seconds is None else interval_seconds
+        return Watch(self.directory, self.store.ledger, scenarios, stages, seconds).run(once=once)
+
+    def status(self, aliases: Sequence[str] = ()) -> list[LoopStatus]:
+        """Where the loops of these aliases stand, of all without any. Raises SettingsError for an alias that there is not."""
+        stages = ProjectStages(self, self.settings)
+        return [status_of(self.store.ledger, one, stages, self.directory) for one in choose(self.settings.scenarios, aliases)]
+
+    def pause(self, aliases: Sequence[str] = (), *, paused: bool = True) -> None:
+        """Let the loops of these aliases, all without any, begin no further stage, or with `paused=False` go on again."""
+        change = state.pause if paused else state.resume
+        for alias in [one.alias for one in choose(self.settings.scenarios, aliases)] if aliases else [state.EVERY_ALIAS]:
+            change(self.store.ledger, alias)
+
     def evaluate(self, model_id: str, against: str = "live", options: EvaluationOptions | None = None) -> Evaluation:
         """Measure a model against another side on the same tasks: `live`, `base`, another model, or NAME@URL; kept in `evaluations/`.
 
@@ -255,9 +292,33 @@ class Project:
         """Give a model another state. Raises LoraTrainerError for a change that the table of states lacks."""
         return self.registry.move(model_id, state, reason)
 
+    def judge(self, evidence: Evidence, policy: Policy | None = None, *, override_reason: str | None = None) -> Verdict:
+        """Send a candidate through the gate: its verdict is kept with the evidence, and its state moves. See `judgement.decide`."""
+        return judgement.decide(self.registry, self.store.ledger, evidence, policy, override_reason=override_reason)
+
+    def promote(self, model_id: str, reason: str) -> Verdict:
+        """Promote a model that was held or rejected, for a reason that is kept. Raises EvaluationError without one."""
+        return judgement.promote(self.registry, self.store.ledger, self.registry.get(model_id).id, reason)
+
+    def find_judgement(self, model_id: str) -> judgement.Judgement | None:
+        """What a model was judged to be and on what evidence, None when it never was."""
+        return judgement.find_judgement(self.registry, model_id)
+
+    def find_trained_tasks(self, model_id: str, tasks: Mapping[str, str]) -> tuple[Overlap, ...] | None:
+        """Which of `tasks`, first requests by id, the model has trained on; None when that cannot be told."""
+        model = self.registry.get(model_id)
+        return judgement.find_trained_tasks(tasks, model, self.registry, self.store, self.directory / "datasets")
+
     def delete_model(self, model_id: str) -> LoraModelId:
         """Remove a model and give its whole id. Raises LoraTrainerError while it is promoted or served, or something goes on from it."""
         return self.registry.delete(model_id, self._find_use)
+
+    def serve(self, settings: ServiceSettings, on_ready: Callable[[ServiceAddress], None]) -> int:
+        """Serve until a signal says to end, and give its number; `on_ready` is told where, when requests are answered.
+
+        Raises ServingError when it cannot begin.
+        """
+        return serving.serve(self._serving, self.store, self.registry, settings, on_ready)
 
     def apply(self, model: str, alias: str = DEFAULT_ALIAS, *, canary: float | None = None, override: str | None = None) -> ApplyReport:
         """Let a promoted model answer to `alias`, or to the share `canary` of its conversations; another only with `override`, a reason.
@@ -292,7 +353,7 @@ class Project:
     def _find_run_from(self, model_id: LoraModelId) -> str | None:
         """The run that continues from a model, and is not finished, in words."""
         for run in self.runs.list_runs():
-            state = run.status.state
-            if state != "finished" and run.plan.parent == model_id:
-                return f"the run {run.id}, which is {state}, continues from it; delete it when that is finished"
+            run_state = run.status.state
+            if run_state != "finished" and run.plan.parent == model_id:
+                return f"the run {run.id}, which is {run_state}, continues from it; delete it when that is finished"
         return None

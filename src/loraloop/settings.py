@@ -16,9 +16,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, JsonValue, TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
 
 from loraloop.dataset.settings import DatasetSettings
 from loraloop.episode import EpisodeFilter, Frozen
@@ -136,7 +137,7 @@ class Settings:
     def trainer_settings(self, scenario: ScenarioSettings | None = None) -> tuple[LoraTrainerConfig, TrainOptions]:
         """What a training is told, for a scenario what is its own first. A training of the loop waits for the device."""
         told = {**self.given("train"), **(scenario.train if scenario else {})}
-        config, options = _fields(LoraTrainerConfig), _fields(TrainOptions)
+        config, options = fields_of(LoraTrainerConfig), fields_of(TrainOptions)
         waits = {"wait": True} if scenario else {}
         return (
             LoraTrainerConfig(**{name: value for name, value in told.items() if name in config}),
@@ -146,7 +147,7 @@ class Settings:
     def dataset_settings(self, scenario: ScenarioSettings | None = None) -> DatasetSettings:
         """What a dataset is built by, for a scenario what is its own first."""
         told = {**self.given("build"), **(scenario.build if scenario else {})}
-        return DatasetSettings(**{name: value for name, value in told.items() if name in _fields(DatasetSettings)})
+        return DatasetSettings(**{name: value for name, value in told.items() if name in fields_of(DatasetSettings)})
 
     @property
     def scenarios(self) -> tuple[ScenarioSettings, ...]:
@@ -195,19 +196,24 @@ def _declared() -> tuple[tuple[str, str, Any, Any], ...]:
     return tuple(
         (section, name, kind, default)
         for section, owner in describe()
-        for name, (kind, default) in _fields(owner).items()
+        for name, (kind, default) in fields_of(owner).items()
         if name not in _NOT_SET.get(section, set())
     )
 
 
 @lru_cache
-def _fields(owner: type) -> dict[str, tuple[Any, Any]]:
+def fields_of(owner: type) -> dict[str, tuple[Any, Any]]:
     """By name (type, default) of a section's declaration."""
     if issubclass(owner, BaseModel):
         model = owner()
-        return {name: (field.annotation, getattr(model, name)) for name, field in owner.model_fields.items()}
+        return {name: (_type_of(field), getattr(model, name)) for name, field in owner.model_fields.items()}
     hints = typing.get_type_hints(owner)
     return {field.name: (hints[field.name], field.default) for field in dataclasses.fields(owner)}  # type: ignore[arg-type]
+
+
+def _type_of(field: FieldInfo) -> Any:
+    """The type of a field with its limits."""
+    return Annotated[(field.annotation, *field.metadata)] if field.metadata else field.annotation
 
 
 def _known(section: str) -> list[str]:
@@ -253,8 +259,9 @@ def _check(setting: Setting, kind: Any) -> Any:
     try:
         if not isinstance(setting.value, str) or setting.origin.endswith(FILE):
             return adapter.validate_json(json.dumps(setting.value), strict=True)
-        is_list = typing.get_origin(kind) is tuple
-        return adapter.validate_strings(setting.value.split(",") if is_list else setting.value)
+        if typing.get_origin(kind) is tuple:
+            return adapter.validate_python(tuple(setting.value.split(",")))
+        return adapter.validate_strings(setting.value)
     except TypeError as error:  # a date of TOML
         raise SettingsError(f"{where}={setting.value!r}: expected a text, a number, true, false or a list") from error
     except ValidationError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from daemon.loops import Ledgered, add_chats, make_folder, stages_of
@@ -241,6 +242,39 @@ def test_of_two_that_move_one_loop_the_second_is_told(loop: Loop) -> None:
     with pytest.raises(NoteChanged):
         other.move(other.state.to(Stage.BUILD))
     assert len(list(iter_moves(ledger, "agent"))) == 1
+
+
+class Killed(BaseException):
+    """Stands for kill -9: nothing of the loop may catch it."""
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("stage", ["collect", "look", "build", "is_spent", "train", "evaluate", "apply", "observe", "roll_back"])
+def test_a_loop_that_is_killed_round_a_stage_comes_to_the_same_end(
+    loop: Loop, monkeypatch: pytest.MonkeyPatch, stage: str, when: str
+) -> None:
+    """The one instant that random kills seldom hit: what a stage does is done, and the move is not written down."""
+    loop.end.is_worse = stage == "roll_back"
+    whole = getattr(loop.stages, stage)
+
+    def die(*arguments: Any) -> None:
+        if when == "after":
+            whole(*arguments)
+        raise Killed
+
+    with monkeypatch.context() as patched:
+        patched.setattr(loop.stages, stage, die)
+        with pytest.raises(Killed):
+            loop.cycle()
+    assert loop.events(FAILED) == []
+    report = loop.cycle()
+    assert report.stage is Stage.COLLECT
+    assert loop.state.round == 1
+    assert len(set(loop.stages.trained)) == len(loop.project.list_models()) == 1
+    assert loop.project.store.count() == 4
+    assert set(loop.end.lines("apply")) == {loop.state.model}
+    assert loop.state.live == (None if stage == "roll_back" else loop.state.model)
+    assert loop.cycle().moves == ()
 
 
 def test_a_move_that_the_table_lacks_is_refused() -> None:

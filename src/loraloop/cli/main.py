@@ -17,7 +17,23 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from loraloop.cli import apply, browse, build, doctor, evaluate, export, ingest, label, retention, runs, serve, train
+from loraloop.cli import (
+    apply,
+    browse,
+    build,
+    doctor,
+    evaluate,
+    export,
+    ingest,
+    label,
+    retention,
+    runs,
+    serve,
+    settings,
+    status,
+    train,
+    watch,
+)
 from loraloop.errors import LoraLoopError
 
 app = typer.Typer(
@@ -33,9 +49,10 @@ app = typer.Typer(
     "loraloop evaluate latest        whether it is better than what is live\n"
     "loraloop runs watch latest      how a training goes, from any terminal\n"
     "loraloop models list            what has been trained\n"
-    "loraloop apply MODEL            let it answer to the alias that the agent calls",
+    "loraloop apply MODEL            let it answer to the alias that the agent calls\n"
+    "loraloop watch                  do all of it again whenever there is reason to",
 )
-for command in (ingest, label, build, train, evaluate, runs, browse, export, apply, serve, retention, doctor):
+for command in (ingest, label, build, train, evaluate, runs, browse, export, apply, serve, watch, status, retention, settings, doctor):
     command.register(app)
 
 

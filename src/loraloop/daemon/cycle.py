@@ -16,7 +16,7 @@ from pydantic import JsonValue
 from loraloop.daemon.stages import Collected, Stages
 from loraloop.daemon.state import LoopFailure, LoopNote, LoopState, LoopVerdict, Stage, paused_since
 from loraloop.episode import Frozen, now_ms
-from loraloop.errors import EmptyData
+from loraloop.errors import EmptyData, TrainingStopped
 from loraloop.lora.model import LoraModelId
 from loraloop.settings import ScenarioSettings
 from loraloop.store.ledger import Ledger, NoteChanged
@@ -29,8 +29,8 @@ class CycleReport(Frozen):
     """What one cycle did."""
 
     alias: str
-    stage: Stage
-    """Where the loop stands now."""
+    stage: Stage | None = None
+    """Where the loop stands now; None when the store did not say."""
     moves: tuple[str, ...] = ()
     """`from -> to` for each, in order."""
     collected: Collected = Collected()
@@ -67,8 +67,15 @@ class _Cycle:
         return self.note.state
 
 
-def cycle_once(ledger: Ledger, scenario: ScenarioSettings, stages: Stages, *, now: Callable[[], int] = now_ms) -> CycleReport:
-    """Go from where the loop of this alias stands as far as it gets; `now` gives Unix milliseconds.
+def cycle_once(
+    ledger: Ledger,
+    scenario: ScenarioSettings,
+    stages: Stages,
+    *,
+    now: Callable[[], int] = now_ms,
+    is_over: Callable[[], bool] = lambda: False,
+) -> CycleReport:
+    """Go from where the loop of this alias stands as far as it gets, or until `is_over`; `now` gives Unix milliseconds.
 
     A stage's failure is in the report and in the ledger, not raised. Raises StoreError when the ledger cannot be read or written, and
     NoteChanged, a kind of it, when another process moves this loop.
@@ -83,15 +90,14 @@ def cycle_once(ledger: Ledger, scenario: ScenarioSettings, stages: Stages, *, no
 
     while True:
         before = cycle.state
-        if paused_since(ledger, scenario.alias) is not None:
-            return report("it is paused")
-        # a pause longer than the longest is of a clock that was set back
-        if before.retry_at is not None and 0 < before.retry_at - now() <= scenario.retry_max_seconds * 1000:
-            return report(f"{before.stage} failed {before.attempts} times and is tried again later", before.retry_at)
+        if (hindered := "it was told to stop" if is_over() else _hindrance(ledger, cycle)) is not None:
+            return report(hindered, before.retry_at)
         try:
             step = _STEPS[before.stage](cycle)
         except NoteChanged:
             raise
+        except TrainingStopped as error:  # on request, which is no failure
+            return report(str(error))
         except Exception as error:  # noqa: BLE001  whatever a stage raises is counted, and the other loops go on
             return report(f"{before.stage} failed", _fail(cycle, error), str(error))
         collected = collected.plus(step.collected) if step.collected else collected
@@ -101,6 +107,17 @@ def cycle_once(ledger: Ledger, scenario: ScenarioSettings, stages: Stages, *, no
         moves.append(f"{before.stage} -> {step.state.stage}")
         if step.state.stage is Stage.COLLECT:
             return report("this round is over")
+
+
+def _hindrance(ledger: Ledger, cycle: _Cycle) -> str | None:
+    """Why no stage is begun now."""
+    state = cycle.state
+    if paused_since(ledger, cycle.scenario.alias) is not None:
+        return "it is paused"
+    # a pause longer than the longest is of a clock that was set back
+    if state.retry_at is not None and 0 < state.retry_at - cycle.now() <= cycle.scenario.retry_max_seconds * 1000:
+        return f"{state.stage} failed {state.attempts} times and is tried again later"
+    return None
 
 
 def _collect(cycle: _Cycle) -> _Step:

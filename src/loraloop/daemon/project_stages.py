@@ -6,9 +6,11 @@ held, with that as the reason.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -151,6 +153,8 @@ class ProjectStages:
     def __init__(self, project: OpenProject, settings: Settings, *, proof: Proof | None = None, serving: Serving | None = None) -> None:
         self._project, self._settings = project, settings
         self._proof, self._serving = proof or NoProof(), serving or NoServing()
+        self._alone = threading.Lock()
+        self._training: set[str] = set()
         self._taken_in: dict[Path, tuple[int, int]] = {}
 
     def collect(self, scenario: ScenarioSettings) -> Collected:
@@ -161,14 +165,18 @@ class ProjectStages:
         files = [path for source in scenario.sources for path in find_files(self._project.directory / source)]
         growing = [path for path in files if path.suffix == ".jsonl"]
         whole = [path for path in files if path.suffix != ".jsonl"]
+        with self._alone:  # positions of all followed files are in one file
+            return self._collect(growing, whole, scenario.license)
+
+    def _collect(self, growing: list[Path], whole: list[Path], license_name: str | None) -> Collected:
         reports = []
-        for report in self._project.follow(growing, lambda: False, license_name=scenario.license) if growing else ():
+        for report in self._project.follow(growing, lambda: False, license_name=license_name) if growing else ():
             if "not_followed" in report.refused:
                 whole.append(Path(report.path))
             else:
                 reports.append(report)
         for path in whole:
-            reports += self._take_in(path, scenario.license)
+            reports += self._take_in(path, license_name)
         refused: Counter[str] = Counter()
         for report in reports:
             refused.update(report.refused)
@@ -223,12 +231,16 @@ class ProjectStages:
         if any(model.id == run for model in self._project.registry.list_models()):
             return run
         begun = Run(self._project.runs.directory / run)
-        if begun.path.exists():
-            self._wait_for(begun)
-            return self._project.resume(run).id
-        config, options = self._settings.trainer_settings(scenario)
-        model = self._project.train(config, dataset=dataset, method=scenario.method, options=options, model_id=LoraModelId(run))
-        return model.id
+        self._training.add(run)
+        try:
+            if begun.path.exists():
+                self._wait_for(begun)
+                return self._project.resume(run).id
+            config, options = self._settings.trainer_settings(scenario)
+            told = {"dataset": dataset, "method": scenario.method, "options": options, "model_id": LoraModelId(run)}
+            return self._project.train(config, **told).id  # type: ignore[arg-type]
+        finally:
+            self._training.discard(run)
 
     def evaluate(self, scenario: ScenarioSettings, model: str, live: str | None) -> Judged:
         """By what was given as proof."""
@@ -245,6 +257,12 @@ class ProjectStages:
     def roll_back(self, scenario: ScenarioSettings, to: str | None, reason: str) -> None:
         """By what was given as serving."""
         self._serving.roll_back(scenario, to, reason)
+
+    def stop(self) -> None:
+        """Trainings save a checkpoint and end; anything else is short, or can be done again."""
+        for run in tuple(self._training):
+            with suppress(LoraTrainerError):  # it has not begun, or has ended
+                Run(self._project.runs.directory / run).stop()
 
     def _wait_for(self, run: Run) -> None:
         """Until nobody works on it: a training that has lost its parent ends by itself. Raises LoraTrainerError when it does not."""

@@ -102,3 +102,7 @@ class Stages(Protocol):
     def roll_back(self, scenario: ScenarioSettings, to: str | None, reason: str) -> None:
         """Have the alias answered by `to` (None: the base model) again; nothing when it is."""
         ...
+
+    def stop(self) -> None:
+        """Ask what is under way in other threads to keep how far it is and end; may be called again until it has."""
+        ...
