@@ -47,7 +47,7 @@ def test_the_page_shows_all_and_runs_nothing(tmp_path: Path) -> None:
     plays = Plays(tmp_path)
     for side, reward in (("candidate", 0.0), ("opponent", 1.0)):
         messages = ({"role": "user", "content": "begin"}, {"role": "assistant", "content": f"{side} says {HOSTILE}"})
-        plays.add(Play(side=side, task=HOSTILE, seed=0, reward=reward, n_turns=1, finished=True, messages=messages))  # type: ignore[arg-type]
+        plays.add(Play(side=side, task=HOSTILE, seed=0, reward=reward, n_turns=1, n_executed=1, finished=True, messages=messages))  # type: ignore[arg-type]
     page = to_html(evaluation, tmp_path)
     assert page == to_html(evaluation, tmp_path), "the same bytes for the same evaluation"
     found = Tags()

@@ -62,7 +62,8 @@ def test_an_evaluation_is_paired_and_kept(made, tmp_path: Path) -> None:
         assert {one.task for one in primary.regressions} == {one.task for one in primary.scores if one.candidate < one.opponent}
         assert found.notes == ("nothing left out",)
         assert (heard[-1].done, heard[-1].total, len(heard[-1].partial)) == (40, 40, 20)
-        assert heard[0].eta_s is not None
+        assert (heard[0].done, heard[0].what) == (0, "plays (16 under way, at token 0)"), "a sign of life before the first play is over"
+        assert next(one for one in heard if one.done).eta_s is not None
 
         plays = list(Plays(tmp_path / "project" / "evaluations" / found.id))
         assert len(plays) == 40
@@ -70,7 +71,9 @@ def test_an_evaluation_is_paired_and_kept(made, tmp_path: Path) -> None:
         for play in plays:
             by_hand.reset(Task(id=play.task, data={"by": 2 + int(play.task.removeprefix("task-")) % 3}))
             said = [message["content"] for message in play.messages if message["role"] == "assistant"]
-            assert [by_hand.step(text)[1] for text in said][-1] == play.reward
+            told = [by_hand.step(text) for text in said]
+            assert (told[-1][1], sum(int(answer.split()[1]) % 2 == 0 for answer, _, _ in told)) == (play.reward, play.n_executed)
+        assert [one.name for one in found.comparisons] == ["counting: success", "counting: actions executed"]
 
         again = project.evaluate(made[2][0].id, "base", EvaluationOptions(environment=SUITE, options={"n": "20"}, temperature=1.0))
         assert again == found

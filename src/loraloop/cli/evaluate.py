@@ -92,19 +92,21 @@ def evaluate(
         write_line(found.model_dump_json())
     else:
         show_evaluation(found)
-    show_next(f"loraloop models show {found.plan.candidate.name}", project)
+    is_here = found.plan.candidate.url is None and found.plan.candidate.name != "base"
+    show_next(f"loraloop models show {found.plan.candidate.name}" if is_here else "loraloop models list", project)
 
 
 def show_evaluation(evaluation: Evaluation) -> None:
     """The table of both sides, and the tasks of which the candidate made less."""
     plan = evaluation.plan
-    columns = ["", "tasks", plan.candidate.name, plan.opponent.name, "difference", "interval", "won / lost / same", "p"]
+    sides = [f"candidate {plan.candidate.name}", f"opponent {plan.opponent.name}"]
+    columns = ["", "tasks", *sides, "difference", "interval", "won / lost / same", "p"]
     show_table(f"{evaluation.id}", columns, [_row(comparison) for comparison in evaluation.comparisons])
     lost = evaluation.primary.regressions
     if lost:
         rows = [[one.task, f"{one.candidate:g}", f"{one.opponent:g}"] for one in lost[:MAX_REGRESSIONS]]
         title = f"{len(lost)} tasks got worse" + (f", the first {MAX_REGRESSIONS}" if len(lost) > MAX_REGRESSIONS else "")
-        show_table(title, ["task", plan.candidate.name, plan.opponent.name], rows)
+        show_table(title, ["task", *sides], rows)
     if evaluation.verdict is not None:
         write_text(f"by these scores alone: {evaluation.verdict.decision}; {evaluation.verdict.reason}")
     for note in evaluation.notes:

@@ -92,6 +92,10 @@ class TaskSuite(Protocol):
         """What an agent's turn does."""
         ...
 
+    def is_executed(self, observation: str) -> bool:
+        """Whether the action that this is the answer to was one that the environment could execute."""
+        ...
+
 
 def hash_tasks(tasks: Sequence[Task]) -> str:
     """32 hex digits over ids and data, in order."""

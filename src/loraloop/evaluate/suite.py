@@ -38,6 +38,8 @@ class Play(Frozen):
     seed: int
     reward: float
     n_turns: int
+    n_executed: int
+    """Turns whose action the environment could execute."""
     finished: bool
     """The environment ended it; otherwise a limit did."""
     messages: tuple[dict[str, JsonValue], ...]
@@ -54,6 +56,16 @@ class Progress:
     partial: tuple[TaskScore, ...] = ()
     """The tasks that both sides have played."""
     what: str = "plays"
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What both sides made of the tasks, each score the mean over the seeds."""
+
+    success: list[TaskScore]
+    reward: list[TaskScore]
+    executed: list[TaskScore]
+    """The share of turns whose action could be executed."""
 
 
 @dataclass(frozen=True)
@@ -112,8 +124,8 @@ def play_both(
     *,
     on_progress: Callable[[Progress], None] = lambda progress: None,
     stop: Stop | None = None,
-) -> tuple[list[TaskScore], list[TaskScore], bool]:
-    """(successes, rewards) of each task that both sides have played, each the mean over its seeds, and whether `stop` ended it early.
+) -> tuple[Scores, bool]:
+    """What both sides made of each task that both have played, and whether `stop` ended it early.
 
     Speakers are made when they are first needed: where all is played already, none is. Raises EvaluationError.
     """
@@ -129,13 +141,13 @@ def play_both(
 
                 _play_block(schedule, (side, ready[side]), block, plays, lambda: on_progress(clock.tell(len(plays), told)))  # noqa: B023
         tasks += list({task.id: task for task, _ in block}.values())
-        told, _ = _scores(schedule, tasks, plays)
+        told = _scores(schedule, tasks, plays).success
         on_progress(clock.tell(len(plays), told))
         if stop is not None and len(tasks) < len(schedule.tasks):
             stopped = stop([one.candidate for one in told], [one.opponent for one in told])
             if stopped:
                 break
-    return (*_scores(schedule, tasks, plays), stopped)
+    return _scores(schedule, tasks, plays), stopped
 
 
 def _play_block(
@@ -145,38 +157,41 @@ def _play_block(
     side, speaker = who
 
     def keep(place: int, played: Played[Any]) -> None:
-        plays.add(_to_play(side, block[place], played))
+        plays.add(_to_play(schedule.suite, side, block[place], played))
         on_kept()
 
     sampling = Sampling(schedule.temperature, [_seed_of(task, seed) for task, seed in block])
     speaker.play(schedule.suite, [task for task, _ in block], sampling, keep)
 
 
-def _scores(schedule: Schedule, tasks: Sequence[Task], plays: Plays) -> tuple[list[TaskScore], list[TaskScore]]:
-    def rewards(side: str, task: Task) -> list[float]:
+def _scores(schedule: Schedule, tasks: Sequence[Task], plays: Plays) -> Scores:
+    def played(side: str, task: Task) -> list[Play]:
         found = [plays.find(side, task.id, seed) for seed in range(schedule.seeds)]
         if None in found:
             raise EvaluationError(f"{side} has not ended every play of task {task.id!r}; start the evaluation again to go on")
-        return [play.reward for play in found if play is not None]
+        return [play for play in found if play is not None]
 
-    wins: list[TaskScore] = []
-    paid: list[TaskScore] = []
-    for task in tasks:
-        first, second = rewards("candidate", task), rewards("opponent", task)
-        won = [mean([float(reward >= schedule.suite.success_reward) for reward in side]) for side in (first, second)]
-        wins.append(TaskScore(task=task.id, candidate=won[0], opponent=won[1]))
-        paid.append(TaskScore(task=task.id, candidate=mean(first), opponent=mean(second)))
-    return wins, paid
+    def score(task: Task, figure: Callable[[Play], float]) -> TaskScore:
+        first, second = (mean([figure(play) for play in played(side, task)]) for side in SIDES)
+        return TaskScore(task=task.id, candidate=first, opponent=second)
+
+    return Scores(
+        success=[score(task, lambda play: float(play.reward >= schedule.suite.success_reward)) for task in tasks],
+        reward=[score(task, lambda play: play.reward) for task in tasks],
+        executed=[score(task, lambda play: play.n_executed / max(1, play.n_turns)) for task in tasks],
+    )
 
 
-def _to_play(side: SideName, what: tuple[Task, int], played: Played[Any]) -> Play:
+def _to_play(suite: TaskSuite, side: SideName, what: tuple[Task, int], played: Played[Any]) -> Play:
     messages = tuple(message.to_openai() for message in played.messages)
+    answers = [message.content or "" for message in played.messages if message.role == "user"][1:]
     return Play(
         side=side,
         task=what[0].id,
         seed=what[1],
         reward=played.reward,
         n_turns=played.n_turns,
+        n_executed=sum(map(suite.is_executed, answers)),
         finished=played.finished,
         messages=messages,
     )

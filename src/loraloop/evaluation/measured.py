@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -23,6 +23,8 @@ from loraloop.evaluation.options import EvaluationOptions
 from loraloop.evaluation.sides import Contender
 from loraloop.files import write_json
 
+TOKENS_A_SIGN = 20
+"""After so many tokens of the plays under way their progress is told."""
 MEASURED_AT_ONCE = 4
 """Rows of held-out samples."""
 
@@ -86,18 +88,32 @@ def _play(folder: Path, work: Work, loaded: Loaded, how: tuple[EvaluationOptions
         side = work.pair[name].side
         if side.url is not None:
             return lambda: ServedSpeaker(str(side.url), side.name, options.token)
-        return lambda: InProcessSpeaker(loaded(name))
+        return lambda: InProcessSpeaker(loaded(name), tell_token)
 
     assert work.schedule is not None  # noqa: S101  looked at before
     name = work.schedule.suite.name
+    plays = Plays(folder)
+    latest = Progress(len(plays), 2 * len(work.schedule.tasks) * work.schedule.seeds, None)
+
+    def tell(progress: Progress) -> None:
+        nonlocal latest
+        latest = progress
+        options.on_progress(progress)
+
+    def tell_token(done: int, total: int, step: int) -> None:
+        """A sign of life: the first plays of a block may take minutes."""
+        if step % TOKENS_A_SIGN == 0:
+            options.on_progress(replace(latest, what=f"plays ({total - done} under way, at token {step})"))
+
     speakers = {side: open_speaker(side) for side in SIDES}
-    won, paid, stopped = play_both(work.schedule, speakers, Plays(folder), on_progress=options.on_progress, stop=early)
+    scores, stopped = play_both(work.schedule, speakers, plays, on_progress=tell, stop=early)
     if early is not None:  # the last block decides nothing any more, and is looked at all the same
-        early([one.candidate for one in won], [one.opponent for one in won])
+        early([one.candidate for one in scores.success], [one.opponent for one in scores.success])
         early.stopped = stopped
-    comparisons = [Comparison.of(f"{name}: success", won)]
-    if won != paid:
-        comparisons.append(Comparison.of(f"{name}: reward", paid))
+    comparisons = [Comparison.of(f"{name}: success", scores.success)]
+    if scores.reward != scores.success:
+        comparisons.append(Comparison.of(f"{name}: reward", scores.reward))
+    comparisons.append(Comparison.of(f"{name}: actions executed", scores.executed))
     return comparisons
 
 

@@ -24,6 +24,7 @@ def check_environment(make: Callable[[], TaskSuite], actions: Sequence[str], n_t
     expect(hash_tasks(tasks) == hash_tasks(list(make().list_tasks())), "another suite of the kind has the same tasks in the same order")
     expect(isinstance(suite.to_action("a thought\nact"), str), "to_action() gives text")
     expect(isinstance(suite.to_action(""), str), "to_action() of an empty turn gives text")
+    expect(isinstance(suite.is_executed(""), bool), "is_executed() gives a bool")
     limits = suite.limits
     expect(min(limits.max_turns, limits.max_turn_tokens, limits.max_tokens) > 0, "the limits let a play begin")
     for task in tasks[:n_tasks]:

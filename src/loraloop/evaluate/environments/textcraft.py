@@ -36,6 +36,8 @@ MAX_MISTAKES = 4
 """So many commands in a row that the game could not execute end a play."""
 N_DISTRACTORS = 10
 """As many as the package draws."""
+EXECUTED = ("Got ", "Crafted ", "Inventory: ")
+"""How the answer to a command begins that the game could execute."""
 SYSTEM = "You craft items. Think of what is needed, then end each answer with one command: get, craft or inventory."
 
 Ingredients = tuple[tuple[int, str], ...]
@@ -124,6 +126,10 @@ class TextCraftSuite:
         """The command on the last line."""
         return last_line(text)
 
+    def is_executed(self, observation: str) -> bool:
+        """Whether the game did what the command says."""
+        return observation.startswith(EXECUTED)
+
     @staticmethod
     def _to_task(goal: Goal) -> Task:
         return Task(id=goal.goal, data={"task_id": goal.task_id, "depth": goal.depth, "seed": goal.seed})
@@ -182,7 +188,7 @@ class TextCraftEnvironment:
                 observation, reward, done, _, _ = self._game.step(action.strip())
             except (ValueError, KeyError, AttributeError) as error:  # the package stumbles over some malformed commands
                 observation, reward, done = f"Could not execute {action.strip()} ({type(error).__name__})", 0, False
-        executed = observation.startswith(("Got ", "Crafted ", "Inventory: "))
+        executed = observation.startswith(EXECUTED)
         self.mistakes = 0 if executed else self.mistakes + 1
         return observation.strip(), float(reward), bool(done) or self.mistakes == MAX_MISTAKES
 
