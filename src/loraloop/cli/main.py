@@ -17,7 +17,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from loraloop.cli import browse, build, doctor, export, ingest, label, retention, runs, train
+from loraloop.cli import browse, build, doctor, export, ingest, label, promote, retention, runs, train
 from loraloop.errors import LoraLoopError
 
 app = typer.Typer(
@@ -33,7 +33,7 @@ app = typer.Typer(
     "loraloop runs watch latest      how a training goes, from any terminal\n"
     "loraloop models list            what has been trained",
 )
-for command in (ingest, label, build, train, runs, browse, export, retention, doctor):
+for command in (ingest, label, build, train, promote, runs, browse, export, retention, doctor):
     command.register(app)
 
 
