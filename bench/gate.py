@@ -11,11 +11,13 @@ import argparse
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from typing import Literal
 
 import numpy as np
 
 from loraloop.episode import Frozen
 from loraloop.evaluate.interval import success_rate
+from loraloop.evaluate.planned import PlannedVerdict
 from loraloop.evaluate.sequential import SequentialVerdict
 from loraloop.evaluate.verdict import Policy, paired_verdict
 
@@ -33,7 +35,8 @@ class Case(Frozen):
     """The chance that the candidate alone solves a task."""
     lost: float = 0.0
     graded: bool = False
-    sequential: bool = False
+    looks: Literal["none", "any", "planned"] = "none"
+    """Whether it is looked at after every block, by the test that may stop at any time or by the one with a planned number."""
 
 
 class Rates(Frozen):
@@ -54,14 +57,15 @@ BETTER = [Case(name=f"{won:.0%} won, {lost:.0%} lost", n=n, won=won, lost=lost) 
 ALL_TIES = [Case(name="all ties", n=n) for n in (20, 200)]
 GRADED = [Case(name="graded", n=n, graded=True) for n in (20, 50, 200)]
 LOOKED_AT = (NO_DIFFERENCE[9], NO_DIFFERENCE[11], *BETTER[6:10])
-SEQUENTIAL = [case.model_copy(update={"sequential": True}) for case in LOOKED_AT]
+SEQUENTIAL = [case.model_copy(update={"looks": "any"}) for case in LOOKED_AT]
+PLANNED = [case.model_copy(update={"looks": "planned"}) for case in LOOKED_AT]
 
 
 def simulate(case: Case, candidates: int, seed: int = 0) -> Rates:
     """Judge `candidates` of the kind."""
     random = np.random.default_rng([seed, case.n, int(1000 * case.won), int(1000 * case.lost)])
-    judge = judge_in_blocks if case.sequential else judge_at_once
-    ended = [judge(first, second) for first, second in draw(case, candidates, random)]
+    judge = judge_at_once if case.looks == "none" else judge_in_blocks
+    ended = [judge(first, second, case.looks) for first, second in draw(case, candidates, random)]
     decisions = [decision for decision, _ in ended]
     return Rates(
         case=case,
@@ -83,15 +87,16 @@ def draw(case: Case, candidates: int, random: np.random.Generator) -> Iterator[S
         yield (told == 0) | (told == 2), (told == 1) | (told == 2)
 
 
-def judge_at_once(candidate: np.ndarray, champion: np.ndarray) -> tuple[str, int]:
+def judge_at_once(candidate: np.ndarray, champion: np.ndarray, _looks: str) -> tuple[str, int]:
     """(decision, tasks) of the fixed test."""
     verdict = paired_verdict(candidate.tolist(), champion.tolist())
     return verdict.decision, verdict.n
 
 
-def judge_in_blocks(candidate: np.ndarray, champion: np.ndarray) -> tuple[str, int]:
+def judge_in_blocks(candidate: np.ndarray, champion: np.ndarray, looks: str) -> tuple[str, int]:
     """(decision, tasks) of a test that is looked at after every block, and stops when it is decided."""
-    sequence = SequentialVerdict(max_tasks=len(candidate))
+    n = len(candidate)
+    sequence = PlannedVerdict(n) if looks == "planned" else SequentialVerdict(max_tasks=n)
     for at in range(0, len(candidate), BLOCK_TASKS):
         verdict = sequence.add(candidate[at : at + BLOCK_TASKS].tolist(), champion[at : at + BLOCK_TASKS].tolist())
         if sequence.decided:
@@ -113,17 +118,18 @@ def main(arguments: Sequence[str]) -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(prog="python -m bench.gate", description="Error rates of the gate, by simulation.")
     parser.add_argument("--candidates", type=int, default=2000, help="how many of each kind")
-    parser.add_argument("--sequential", type=int, default=300, help="how many of each kind for the sequential test, which costs more")
+    parser.add_argument("--sequential", type=int, default=300, help="how many of each kind for tests on the way, which cost more")
     told = parser.parse_args(arguments)
     began = time.monotonic()
     print(f"{told.candidates} candidates of each kind, {told.sequential} in blocks of {BLOCK_TASKS} tasks; level {Policy().level:g}\n")
     tables = [
         ("no true difference", [*NO_DIFFERENCE, *ALL_TIES, *GRADED]),
         ("a true difference", BETTER),
-        ("looked at after every block", SEQUENTIAL),
+        ("looked at after every block, any end", SEQUENTIAL),
+        ("looked at after every block, planned end", PLANNED),
     ]
     for title, cases in tables:
-        rates = [simulate(case, told.sequential if case.sequential else told.candidates) for case in cases]
+        rates = [simulate(case, told.sequential if case.looks != "none" else told.candidates) for case in cases]
         print(to_markdown(title, rates), flush=True)
         print()
     print(f"{time.monotonic() - began:.0f} s")

@@ -1,6 +1,8 @@
 """The verdict: what it decides, what it refuses, and how often it is wrong."""
 
 import math
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -28,6 +30,12 @@ def test_better_is_promoted_with_a_lower_bound_above_zero() -> None:
     assert 0 < verdict.lower < 0.1 < verdict.upper
     assert verdict.p_value == pytest.approx(binomtest(40, 60, alternative="greater").pvalue)
     assert "better on 40 tasks" in verdict.reason
+
+
+def test_the_example_of_the_document_promotes(capsys: pytest.CaptureFixture[str]) -> None:
+    [snippet] = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[2] / "docs" / "gate.md").read_text(), re.DOTALL)
+    exec(compile(snippet, "gate.md", "exec"), {})
+    assert capsys.readouterr().out.startswith("promote better on 40 tasks, worse on 20, equal on 140 of 200: +0.100, at least +0.0")
 
 
 def test_worse_is_rejected() -> None:

@@ -26,6 +26,7 @@ from loraloop.cli import (
     export,
     ingest,
     label,
+    promote,
     retention,
     runs,
     serve,
@@ -52,7 +53,8 @@ app = typer.Typer(
     "loraloop apply MODEL            let it answer to the alias that the agent calls\n"
     "loraloop watch                  do all of it again whenever there is reason to",
 )
-for command in (ingest, label, build, train, evaluate, runs, browse, export, apply, serve, watch, status, retention, settings, doctor):
+commands = (ingest, label, build, train, evaluate, promote, runs, browse, export, apply, serve, watch, status, retention, settings, doctor)
+for command in commands:
     command.register(app)
 
 

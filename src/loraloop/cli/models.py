@@ -48,21 +48,25 @@ def list_models(project: ProjectOption = DEFAULT_PROJECT, as_json: JsonOption = 
 
 @models.command("show", epilog="Example: loraloop models show latest --json")
 def show_model(model_id: IdArgument, project: ProjectOption = DEFAULT_PROJECT, as_json: JsonOption = False) -> None:
-    """Show one trained model, its lineage, metrics and history; the id may be cut short, and `latest` is the newest."""
+    """Show one trained model, its lineage, metrics, verdict and history; the id may be cut short, and `latest` is the newest."""
     from loraloop.project import Project
 
     with Project(project, create=False) as opened:
         model = opened.get_model(model_id)
         history = opened.registry.get_history(model.id)
+        judged = opened.find_judgement(model.id)
         alike = opened.registry.find_by_hash(model.adapter_sha256) if model.adapter_sha256 else []
     same = [str(other.id) for other in alike if other.id != model.id]
     if as_json:
         changes = [change.model_dump(mode="json", by_alias=True) for change in history]
-        write_line(json_line({**model.model_dump(mode="json"), "history": changes, "same_adapter": same}))
+        kept = judged.model_dump(mode="json") if judged else None
+        write_line(json_line({**model.model_dump(mode="json"), "history": changes, "same_adapter": same, "judgement": kept}))
         return
     _show_fields(model.model_dump(mode="json"))
     if same:
         write_text(f"the very same adapter: {', '.join(same)}")
+    for finding in judged.verdict.findings if judged else ():
+        write_text(f"{finding.check}: {finding.choice}: {finding.message}")
     for change in history:
         write_text(f"{_time(change.at)}  {change.before} -> {change.state}: {change.reason}")
     show_next("loraloop models list", project)

@@ -7,7 +7,7 @@ is expected to favour the candidate given those before; the differences may be s
 
 The wealth is the mean over a range of stakes, and the bounds are the means that such a gambler does not refute: Waudby-Smith and Ramdas,
 "Estimating means of bounded random variables by betting", JRSS B 86, 2024. The tasks must come in an order that does not depend on
-their scores. The price is power: when all planned tasks are played, the fixed test of the same level finds more (docs/gate.md).
+their scores. The price is power (docs/gate.md); where the number of tasks is fixed before the first look, `planned` pays less.
 """
 
 from __future__ import annotations
@@ -52,10 +52,7 @@ class SequentialVerdict:
         longer = [*self._candidate, *candidate], [*self._champion, *champion]
         found = paired_difference(*longer, self.policy.level, seed=self.policy.seed)
         self._candidate, self._champion = longer
-        values, counts = np.unique(np.subtract(self._candidate, self._champion, dtype=float), return_counts=True)
-        self._lower = max(self._lower, _lower_bound(values, counts, self.policy.level))
-        self._upper = min(self._upper, -_lower_bound(-values, counts, self.policy.level))
-        self._p_value = min(self._p_value, math.exp(-max(0.0, _log_wealth(values, counts, 0.0))))
+        self._weigh(np.subtract(*longer, dtype=float))
         if self._decided is None and found.n >= self.policy.min_tasks:
             self._decided = "promote" if self._lower > 0 else "reject" if self._upper < 0 else None
         more = None if self.decided else self._more(found.difference, found.spread, found.n)
@@ -69,6 +66,13 @@ class SequentialVerdict:
             more_tasks=more,
             **told,
         )
+
+    def _weigh(self, differences: Any) -> None:
+        """Bring the bounds and the p-value up to date with all differences so far, (tasks,)."""
+        values, counts = np.unique(differences, return_counts=True)
+        self._lower = max(self._lower, _lower_bound(values, counts, self.policy.level))
+        self._upper = min(self._upper, -_lower_bound(-values, counts, self.policy.level))
+        self._p_value = min(self._p_value, math.exp(-max(0.0, _log_wealth(values, counts, 0.0))))
 
     def _more(self, difference: float, spread: float, n: int) -> int:
         """As for the fixed test, for want of a formula; at least a block's worth."""

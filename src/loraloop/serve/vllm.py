@@ -73,8 +73,8 @@ class VllmApplier:
     async def open(cls, base: str, folder: Path, settings: VllmSettings | Mapping[str, str] | None = None) -> Self:
         """An applier for the server at the URL `base`; what an earlier service has left loaded there is unloaded.
 
-        `settings` may be texts by name, as `--option` gives them. Raises SettingsError for one that cannot be, and ServingError when there is
-        no such server.
+        `settings` may be texts by name, as `--option` gives them. Raises SettingsError for one that cannot be, and ServingError when there
+        is no such server.
         """
         chosen = settings if isinstance(settings, VllmSettings) else read_options(VllmSettings, settings or {}, cls.name)
         place = urlsplit(base)
