@@ -8,12 +8,12 @@ files were read.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TextIO
 
-from loraloop import pipeline, retention, serving
+from loraloop import judgement, pipeline, retention, serving
 from loraloop.chat.rows import ACCEPTED
 from loraloop.daemon import state
 from loraloop.daemon.cycle import CycleReport
@@ -24,7 +24,10 @@ from loraloop.data_report.findings import Findings, ReportOptions
 from loraloop.dataset import Dataset, DatasetSettings, list_datasets, list_folders, open_dataset
 from loraloop.episode import CONVERSATION, EpisodeFilter, Label
 from loraloop.errors import DatasetError, StoreError
+from loraloop.evaluate.contamination import Overlap
+from loraloop.evaluate.gate import Evidence
 from loraloop.evaluate.result import Evaluation
+from loraloop.evaluate.verdict import Policy, Verdict
 from loraloop.evaluation import EvaluationOptions, Evaluator
 from loraloop.importers.ingest import IngestReport
 from loraloop.importers.scores import ScoreRule
@@ -282,6 +285,23 @@ class Project:
     def move_model(self, model_id: str, state: ModelState | str, reason: str) -> TrainedModel:
         """Give a model another state. Raises LoraTrainerError for a change that the table of states lacks."""
         return self.registry.move(model_id, state, reason)
+
+    def judge(self, evidence: Evidence, policy: Policy | None = None, *, override_reason: str | None = None) -> Verdict:
+        """Send a candidate through the gate: its verdict is kept with the evidence, and its state moves. See `judgement.decide`."""
+        return judgement.decide(self.registry, self.store.ledger, evidence, policy, override_reason=override_reason)
+
+    def promote(self, model_id: str, reason: str) -> Verdict:
+        """Promote a model that was held or rejected, for a reason that is kept. Raises EvaluationError without one."""
+        return judgement.promote(self.registry, self.store.ledger, self.registry.get(model_id).id, reason)
+
+    def find_judgement(self, model_id: str) -> judgement.Judgement | None:
+        """What a model was judged to be and on what evidence, None when it never was."""
+        return judgement.find_judgement(self.registry, model_id)
+
+    def find_trained_tasks(self, model_id: str, tasks: Mapping[str, str]) -> tuple[Overlap, ...] | None:
+        """Which of `tasks`, first requests by id, the model has trained on; None when that cannot be told."""
+        model = self.registry.get(model_id)
+        return judgement.find_trained_tasks(tasks, model, self.registry, self.store, self.directory / "datasets")
 
     def delete_model(self, model_id: str) -> LoraModelId:
         """Remove a model and give its whole id. Raises LoraTrainerError while it is promoted or served, or something goes on from it."""

@@ -19,7 +19,7 @@ LEGAL = {
     "candidate": {"promoted", "held", "rejected"},
     "held": {"promoted", "rejected", "retired"},
     "promoted": {"retired"},
-    "rejected": {"retired"},
+    "rejected": {"promoted", "retired"},
     "retired": {"promoted"},
 }
 """Written out once more, so that a change of the table is a change of this too."""

@@ -14,7 +14,7 @@ LAYERS = [
     {"plugins", "chat", "base_model"},
     {"store"},
     {"importers", "label", "learn", "dataset", "data_report", "lora", "train", "evaluate", "serve"},
-    {"pipeline", "retention", "evaluation", "trigger", "serving"},
+    {"pipeline", "retention", "evaluation", "trigger", "serving", "judgement"},
     {"settings"},
     {"daemon"},
     {"project"},

@@ -18,11 +18,12 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from loraloop.errors import LoraTrainerError
-from loraloop.files import file_sha256, hash_listing, locked_directory, sync, sync_tree, write_atomic
+from loraloop.files import file_sha256, hash_listing, locked_directory, sync, sync_tree, write_atomic, write_json
 from loraloop.lora.model import LoraModelId, TrainedModel
 from loraloop.lora.states import HISTORY_FILE, ModelState, StateChange, append_change, read_history, state_of
 
 MODEL_FILE = "trained_model.json"
+VERDICT_FILE = "verdict.json"
 PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors")
 """What makes an adapter, and all that its hash is over."""
 DELETED = ".deleted"
@@ -126,6 +127,17 @@ class LoraModelRegistry:
             append_change(file.parent, state, reason)
             return _load(file)
 
+    def save_verdict(self, model_id: str, verdict: Mapping[str, object]) -> None:
+        """Keep what a model was judged to be, beside its record, in the place of an earlier verdict. Raises LoraTrainerError."""
+        with _told(f"the verdict of {model_id} is not kept"), self._alone_with(model_id) as file:
+            write_json(file.parent / VERDICT_FILE, verdict)
+
+    def find_verdict(self, model_id: str) -> str | None:
+        """The JSON text that `save_verdict` wrote last, None when it never did. Raises LoraTrainerError."""
+        path = self._find_record(model_id).parent / VERDICT_FILE
+        with _told(f"the verdict of {model_id} cannot be read"):
+            return path.read_text(encoding="utf-8") if path.exists() else None
+
     def delete(self, model_id: str, in_use: InUse = lambda model_id: None) -> LoraModelId:
         """Remove a model and give its whole id.
 
@@ -221,7 +233,8 @@ def _peft_files(folder: Path) -> dict[str, Path]:
 
 def _all_files(folder: Path) -> dict[str, Path]:
     """Every regular file but loraloop's records, and one that was being written when a process was killed."""
-    own = {folder / MODEL_FILE, folder / HISTORY_FILE, *folder.glob(f".{MODEL_FILE}.*")}
+    records = (MODEL_FILE, VERDICT_FILE)
+    own = {folder / HISTORY_FILE, *(folder / name for name in records), *(path for name in records for path in folder.glob(f".{name}.*"))}
     return {_name_of(path, folder): path for path in folder.rglob("*") if path not in own and path.is_file()}
 
 

@@ -58,6 +58,7 @@ TRANSITIONS = (
     Transition(ModelState.HELD, ModelState.REJECTED, "further measurements speak against it"),
     Transition(ModelState.HELD, ModelState.RETIRED, "nobody will judge it any more"),
     Transition(ModelState.PROMOTED, ModelState.RETIRED, "another has taken its place"),
+    Transition(ModelState.REJECTED, ModelState.PROMOTED, "a person puts the verdict aside, for a reason that is kept"),
     Transition(ModelState.REJECTED, ModelState.RETIRED, "it is put away"),
     Transition(ModelState.RETIRED, ModelState.PROMOTED, "a rollback; only of a model that has been promoted before", only_again=True),
 )
