@@ -44,7 +44,7 @@ TWO_LOOPS = """
 [[watch.scenario]]
 alias = "cook"
 scenario = "kitchen"
-min_new_episodes = 1
+trigger = {when = {kind = "count", episodes = 1}}
 
 [[watch.scenario]]
 alias = "clerk"
