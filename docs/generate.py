@@ -38,6 +38,7 @@ COMMANDS = [
     ["export"],
     ["apply"],
     ["rollback"],
+    ["serve"],
     ["serve", "status"],
 ]
 

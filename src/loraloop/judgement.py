@@ -136,9 +136,8 @@ def _list_trained(model: TrainedModel, store: EpisodeStore, folder: Path | None)
     requests: dict[str, str | None] = dict.fromkeys(map(str, model.episode_ids))
     if folder is not None:
         for sample in open_dataset(folder).load_training():
-            for episode_id in (sample.episode_id, sample.rejected_episode_id):
-                if episode_id is not None:
-                    requests[str(episode_id)] = _opening(sample.messages)
+            of = {str(one) for one in (sample.episode_id, sample.rejected_episode_id) if one is not None}
+            requests.update(dict.fromkeys(of, _opening(sample.messages)))
     found = set()
     for known_id, request in requests.items():
         episode = store.find(known_id)

@@ -84,7 +84,7 @@ def follow(
 ) -> Iterator[IngestReport]:
     """Read what is new in growing JSON Lines files, a report a piece, until `wait`, called when there is nothing new, says False.
 
-    `state` keeps up to where each was read. Raises ImportFailed for a path that is not there.
+    `state` keeps up to where each was read. Raises ImportFailed for a path that is not there, LeaseHeld while another follows with it.
     """
     return Follower(store, list(paths), state, format_name, license_name, score_rule).run(wait)
 

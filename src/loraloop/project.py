@@ -27,9 +27,11 @@ from loraloop.episode import CONVERSATION, EpisodeFilter, Label
 from loraloop.errors import DatasetError, StoreError
 from loraloop.evaluate.contamination import Overlap
 from loraloop.evaluate.gate import Evidence
+from loraloop.evaluate.report import to_html
 from loraloop.evaluate.result import Evaluation
 from loraloop.evaluate.verdict import Policy, Verdict
-from loraloop.evaluation import EvaluationOptions, Evaluator
+from loraloop.evaluation import EvaluationOptions, Evaluator, Sources
+from loraloop.files import write_atomic
 from loraloop.importers.ingest import IngestReport
 from loraloop.importers.scores import ScoreRule
 from loraloop.label import LabelReport, label_from
@@ -43,7 +45,7 @@ from loraloop.plugins import LearnModel, find
 from loraloop.retention import ForgetReport, PruneReport
 from loraloop.serve.aliases import Served
 from loraloop.serve.fleet_status import ApplyReport
-from loraloop.serve.orders import DEFAULT_ALIAS, ApplyOrder, PromoteOrder, RollbackOrder, ServiceStatus
+from loraloop.serve.orders import DEFAULT_ALIAS, ApplyOrder, PromoteOrder, RollbackOrder, ServiceAddress, ServiceSettings, ServiceStatus
 from loraloop.settings import load_settings
 from loraloop.store.sql import SqlEpisodeStore
 from loraloop.training_data import Method
@@ -244,13 +246,17 @@ class Project:
         """
         return self._evaluator.run(model_id, against, options or EvaluationOptions())
 
+    def report_evaluation(self, evaluation: Evaluation, path: Path) -> None:
+        """Write an evaluation of this project as one page of HTML."""
+        write_atomic(path, to_html(evaluation, self.directory / "evaluations" / evaluation.id))
+
     def list_evaluations(self) -> list[Evaluation]:
         """The finished evaluations, the newest last. Raises EvaluationError when one is damaged."""
         return self._evaluator.list_evaluations()
 
     @property
     def _evaluator(self) -> Evaluator:
-        return Evaluator(self.directory / "evaluations", self.registry, self._find_base)
+        return Evaluator(self.directory / "evaluations", Sources(self.registry, self.store, self._find_base, self.get_dataset))
 
     def _find_base(self, model: TrainedModel) -> str:
         """Where a model's base model was when it was trained: what the run was told, else how the model names it."""
@@ -315,6 +321,13 @@ class Project:
     def delete_model(self, model_id: str) -> LoraModelId:
         """Remove a model and give its whole id. Raises LoraTrainerError while it is promoted or served, or something goes on from it."""
         return self.registry.delete(model_id, self._find_use)
+
+    def serve(self, settings: ServiceSettings, on_ready: Callable[[ServiceAddress], None]) -> int:
+        """Serve until a signal says to end, and give its number; `on_ready` is told where, when requests are answered.
+
+        Raises ServingError when it cannot begin.
+        """
+        return serving.serve(self._serving, self.store, self.registry, settings, on_ready)
 
     def apply(self, model: str, alias: str = DEFAULT_ALIAS, *, canary: float | None = None, override: str | None = None) -> ApplyReport:
         """Let a promoted model answer to `alias`, or to the share `canary` of its conversations; another only with `override`, a reason.

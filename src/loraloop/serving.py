@@ -1,5 +1,6 @@
 """Trained models meet the service: which may be served, and orders that are given while no service runs.
 
+    serve     aliases on the disk -> servers and a router before them
     apply     a model -> the version that answers to an alias       (registry, serve)
     rollback  an alias goes back to what answered before
 
@@ -9,7 +10,9 @@ what answered before goes on.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import asyncio
+import importlib.util
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,10 +22,44 @@ from loraloop.lease import Lease
 from loraloop.lora.model import LoraModelId
 from loraloop.lora.registry import LoraModelRegistry
 from loraloop.lora.states import ModelState
+from loraloop.plugins import EpisodeStore
 from loraloop.serve.aliases import AliasFile, Served, make_move
 from loraloop.serve.applier import BASE, Version
 from loraloop.serve.fleet_status import ApplyReport, name_both
-from loraloop.serve.orders import LEASE_FILE, ApplyOrder, PromoteOrder, RollbackOrder, ServiceStatus, ask_status, find_service, tell
+from loraloop.serve.orders import (
+    LEASE_FILE,
+    ApplyOrder,
+    PromoteOrder,
+    RollbackOrder,
+    ServiceAddress,
+    ServiceSettings,
+    ServiceStatus,
+    ask_status,
+    find_service,
+    tell,
+)
+from loraloop.serve.proof import Prover
+
+
+def serve(
+    folder: Path,
+    store: EpisodeStore,
+    registry: LoraModelRegistry,
+    settings: ServiceSettings,
+    on_ready: Callable[[ServiceAddress], None],
+) -> int:
+    """Serve until a signal says to end, and give its number. Raises ServingError when it cannot begin, or the parts are not installed."""
+    for package in ("starlette", "uvicorn", "httpx2"):
+        if importlib.util.find_spec(package) is None:
+            raise ServingError(f"serving needs the package {package}; pip install 'loraloop[serve]'")
+    from loraloop.serve.service import run_service
+
+    def find(order: ApplyOrder) -> tuple[Version, str]:
+        return find_version(registry, order)
+
+    folder.mkdir(parents=True, exist_ok=True)
+    prover = Prover(folder / "references", None if "://" in settings.base else settings.base)
+    return asyncio.run(run_service(folder, store, settings, find_version=find, prove=prover.prove, on_ready=on_ready))
 
 
 def find_version(registry: LoraModelRegistry, order: ApplyOrder) -> tuple[Version, str]:

@@ -91,7 +91,11 @@ class ScenarioSettings(Frozen):
     def evaluation_options(self) -> EvaluationOptions:
         """What to measure. Raises SettingsError for a name that there is not, or a value out of its range."""
         for name in self.evaluate:
-            _check_name(f"the scenario {self.alias!r}, evaluate", name, list(fields_of(EvaluationOptions)))
+            _check_name(
+                f"the scenario {self.alias!r}, evaluate",
+                name,
+                [known for known in fields_of(EvaluationOptions) if known not in _NOT_SET["evaluate"]],
+            )
         told = {name: Path(value) if name == "tasks" and isinstance(value, str) else value for name, value in self.evaluate.items()}
         try:
             options = EvaluationOptions(**told)  # type: ignore[arg-type]  # checked there
@@ -122,8 +126,8 @@ SECTIONS: dict[str, tuple[type, ...]] = {
     "watch": (WatchSettings,),
 }
 """What may be set in which section; a name is unique within its section."""
-_NOT_SET = {"train": {"output_dir", "data_dir"}}
-"""Where a project keeps its files is not for a file of it to say."""
+_NOT_SET = {"train": {"output_dir", "data_dir"}, "evaluate": {"on_progress", "policy", "token"}}
+"""Where a project keeps its files is not for a file of it to say, what decides is `gate`, and secrets stand in no file."""
 
 
 @dataclass(frozen=True)

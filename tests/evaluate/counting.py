@@ -42,3 +42,25 @@ class Counting:
         self.sum += sum(map(ord, action))
         self.turns += 1
         return f"sum {self.sum}", float(self.turns == 2 and self.sum % self.by == 0), self.turns == 2
+
+
+class OnlyCandidate(CountingSuite):
+    """A win is to say what option `n` has, as hexadecimal digits of its bytes."""
+
+    def __init__(self, tasks: Path | None = None, options: Mapping[str, str] | None = None) -> None:
+        super().__init__(tasks)
+        self.wanted = (options or {})["n"]
+
+    def open(self) -> Saying:
+        return Saying(self.wanted)
+
+
+class Saying:
+    def __init__(self, wanted: str) -> None:
+        self.wanted = wanted
+
+    def reset(self, task: Task) -> str:  # noqa: ARG002
+        return "say"
+
+    def step(self, action: str) -> tuple[str, float, bool]:
+        return "heard", float((action.encode().hex() or "-") == self.wanted), True

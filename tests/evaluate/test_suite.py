@@ -131,18 +131,33 @@ def test_a_limit_takes_some_of_what_a_greater_one_takes(made, tmp_path: Path) ->
         assert few < more
 
 
-def test_stop_ends_the_plays_when_the_scores_decide(made, tmp_path: Path) -> None:
+def test_plays_end_early_when_the_sequential_test_decides(made, tmp_path: Path) -> None:
+    """One side wins always where the other cannot: a task that only the candidate's words fulfil, in a suite made for it."""
     with copy_of(made, tmp_path) as project:
-        asked: list[int] = []
+        said = {side: words_of(made, side) for side in ("candidate", "opponent")}
+        assert said["candidate"] != said["opponent"], "greedy, the two models answer the same question differently"
+        tasks = tmp_path / "tasks.json"
+        tasks.write_text(json.dumps([{"id": f"task-{number}", "by": 1} for number in range(200)]))
+        options = EvaluationOptions(environment="counting:OnlyCandidate", tasks=tasks, options={"n": said["candidate"]}, early=True)
+        found = project.evaluate(made[2][0].id, "base", options)
+        assert found.stopped_early
+        assert found.verdict is not None
+        assert found.verdict.decision == "promote"
+        assert found.verdict.n == found.primary.n < 200
+        assert found.primary.n % 16 == 0
+        all_of_them = project.evaluate(made[2][0].id, "base", EvaluationOptions(environment=SUITE, options={"n": "20"}, early=True))
+        assert (all_of_them.stopped_early, all_of_them.verdict.decision, all_of_them.primary.n) == (False, "hold", 20)
 
-        def stop(candidate: Sequence[float], opponent: Sequence[float]) -> bool:
-            assert len(candidate) == len(opponent)
-            asked.append(len(candidate))
-            return len(candidate) >= 32
 
-        found = project.evaluate(made[2][0].id, "base", EvaluationOptions(environment=SUITE, options={"n": "60"}, stop=stop))
-        assert asked == [16, 32]
-        assert (found.stopped_early, found.primary.n) == (True, 32)
+def words_of(made, side: str) -> str:
+    """What a side says first, greedily, of any task of the suite."""
+    from loraloop.base_model import resolve_base
+    from loraloop.episode import Message
+    from loraloop.evaluate.rollout import Opening, load_player, speak
+
+    player = load_player(resolve_base(str(made[1])), str(made[2][0].adapter_path) if side == "candidate" else None)
+    messages = [Message(role="system", content="count"), Message(role="user", content="say")]
+    return speak(player, [Opening(messages)], [6], keep_special=False)[0].encode().hex() or "-"
 
 
 class Died(Exception):

@@ -36,6 +36,11 @@ def test_worse_is_rejected() -> None:
     assert verdict.upper < 0
 
 
+def test_arrays_are_scores_too() -> None:
+    candidate, champion = scores(40, 20, 140)
+    assert paired_verdict(np.array(candidate), np.array(champion)) == paired_verdict(candidate, champion)  # type: ignore[arg-type]
+
+
 def test_all_ties_are_held_and_tasks_are_asked_for() -> None:
     verdict = paired_verdict([1] * 50, [1] * 50)
     assert verdict.decision == "hold"

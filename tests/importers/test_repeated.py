@@ -14,7 +14,7 @@ from loraloop.importers.json_input import parse_json
 from loraloop.importers.openai_chat import OpenAIChatImporter
 from loraloop.importers.plain_messages import find_plain
 from loraloop.importers.remembered import MAX_REMEMBERED, Remembered
-from loraloop.importers.repeated import MAX_IN_VAIN, Repeated
+from loraloop.importers.repeated import MAX_IN_VAIN, MAX_KEPT, Repeated
 from loraloop.testing.mutations import mutate
 
 TOOLS = [{"type": "function", "function": {"name": f"f{n}", "description": 'says "tools" ' + "long " * 60}} for n in range(2)]
@@ -160,3 +160,12 @@ def test_a_tool_that_is_refused_is_refused_in_every_line(write):
     entries = list(OpenAIChatImporter().read(write("\n".join(json.dumps(row(task_id=n)) for n in range(3)))))
     assert [entry.reason for entry in entries] == ["bad_encoding"] * 3
     assert len({entry.detail.partition(": ")[2] for entry in entries}) == 1
+
+
+def test_a_member_that_comes_again_and_again_outlives_those_that_do_not():
+    repeated = Repeated("tools")
+    row = lambda n: json.dumps({"tools": [f"{n} " * 200]}).encode()  # noqa: E731  as short as it is used
+    kept = [repeated.parse(row(0)), repeated.parse(row(0))][1]["tools"]
+    for n in range(1, 3 * MAX_KEPT):
+        repeated.parse(row(n))
+        assert repeated.parse(row(0))["tools"] is kept

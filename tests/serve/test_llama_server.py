@@ -32,7 +32,7 @@ from loraloop.serve.llama_server import LlamaCppApplier, LlamaCppSettings
 SETTINGS = LlamaCppSettings(n_ctx=256, n_threads=1, reproducible=True)
 PROMPTS = tuple(tuple(text.encode()) for text in ("hello, what is this?", "To be, or not to be", "def main(argv: list[str])"))
 """Each byte is a token of the tiny models."""
-TOLERANCE = 5e-3
+TOLERANCE = 1e-3
 
 
 @pytest.fixture(scope="module", params=["llama", "qwen2", "qwen3"])
@@ -146,6 +146,32 @@ async def test_server_computes_what_peft_computes(model: Path, tmp_path: Path) -
         await applier.close()
 
 
+async def test_adapter_of_every_layer_as_peft_saves_it(model: Path, tmp_path: Path) -> None:
+    import peft
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    network = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    heads = [] if network.config.tie_word_embeddings else ["lm_head"]
+    layers = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    config = peft.LoraConfig(
+        r=4,
+        lora_alpha=6,
+        target_modules=[*layers, *heads],
+        init_lora_weights=False,
+        rank_pattern={"down_proj": 2, "layers.1.mlp.up_proj": 3},
+    )
+    peft.get_peft_model(network, config).save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    applier = await LlamaCppApplier.open(str(model), tmp_path / "serving", SETTINGS)
+    try:
+        endpoint = await applier.start(version_of(tmp_path / "adapter"))
+        assert await error_of(applier, endpoint, reference(model, tmp_path / "adapter")) <= TOLERANCE
+        assert await error_of(applier, endpoint, reference(model, None)) > 0.1
+    finally:
+        await applier.close()
+
+
 async def test_rows_in_a_wrong_order_are_noticed(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     architecture = json.loads((model / "config.json").read_text())["model_type"]
     applier = await LlamaCppApplier.open(str(model), tmp_path / "serving", SETTINGS)
@@ -232,9 +258,18 @@ async def test_what_llama_cpp_refuses_is_told_with_its_log(
         target.write_bytes(target.read_bytes()[:-4000])
 
     monkeypatch.setattr("loraloop.serve.llama_server.write_adapter", write_cut_off)
-    with pytest.raises(ServingError, match=r"(?s)agent@\w+ cannot be served: the server ended \(exit 1\).*adapter.*The whole log is in"):
+    with pytest.raises(ServingError, match=r"(?s)agent@\w+: the server ended \(exit 1\).*adapter.*The whole log is in"):
         await opened.start(version_of(adapter))
     assert servers_of() == []
+
+
+async def test_prompt_that_is_too_long_is_told_as_the_server_tells_it(opened: LlamaCppApplier) -> None:
+    endpoint = await opened.start(opened.base)
+    with pytest.raises(
+        ServingError, match=r"a prompt of 400 tokens cannot be scored .*exceeds the available context size.*the server runs"
+    ):
+        await opened.score(endpoint, (tuple([65] * 400),))
+    assert await opened.is_healthy(endpoint)
 
 
 async def test_changed_base_file_is_not_served(opened: LlamaCppApplier, tmp_path: Path) -> None:

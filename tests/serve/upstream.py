@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ from starlette.routing import Route
 
 from loraloop.errors import NothingServes, UnknownModel
 from loraloop.serve.applier import Endpoint, Version
+from loraloop.serve.listener import open_listener
 
 VERSION = Version(name="agent@0123456789ab")
 CALL = {"id": "call_1", "type": "function", "function": {"name": "weather", "arguments": '{"city":  "Oslo"}'}}
@@ -150,8 +150,7 @@ class OneRoute:
 @contextmanager
 def serving(app: Any) -> Iterator[str]:
     """The URL of `app`, served in a thread by uvicorn while the block runs."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
+    with open_listener() as listener:
         config = uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=2)
         server = uvicorn.Server(config)
         thread = threading.Thread(target=lambda: asyncio.run(server.serve([listener])))

@@ -19,6 +19,10 @@ EXAMPLES = """Examples:
 
 loraloop evaluate latest --against base --environment textcraft --limit 40
 
+loraloop evaluate latest --held-out --dataset 3f9c
+
+loraloop evaluate latest --against base --command "pytest -rA tests/agent"
+
 loraloop evaluate latest --environment textcraft --option depths=1,2 --seeds 3
 
 loraloop evaluate agent@http://127.0.0.1:8080 --against base@http://127.0.0.1:8080 --environment textcraft --json"""
@@ -41,8 +45,15 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(help="At most so many tasks, chosen by hash.")] = None,
     seeds: Annotated[int, typer.Option(help="Plays of each task by each side.")] = 1,
     temperature: Annotated[float | None, typer.Option(help="0 takes the likeliest token; 0.7 with several seeds.")] = None,
+    early: Annotated[bool, typer.Option("--early", help="End the plays as soon as they decide, by a sequential test.")] = False,
+    command: Annotated[str | None, typer.Option(help="Run this for each side; it prints a score for each task.")] = None,
+    command_timeout: Annotated[float, typer.Option(metavar="MINUTES", help="Of the command, for one side.")] = 60.0,
+    held_out: Annotated[bool, typer.Option("--held-out", help="Measure held-out samples, too; alone where nothing else is named.")] = False,
+    dataset: Annotated[str | None, typer.Option(help="Whose held-out samples; else of the candidate's training.")] = None,
+    samples: Annotated[int, typer.Option(help="At most so many held-out samples of each ending.")] = 40,
     base: Annotated[str | None, typer.Option(help="Where the base model is; else where the training had it.")] = None,
     token: Annotated[str | None, typer.Option(envvar="LORALOOP_TOKEN", help="Of the server of NAME@URL.")] = None,
+    report: Annotated[Path | None, typer.Option(metavar="FILE", help="Write it as a page of HTML, too.")] = None,
     again: Annotated[bool, typer.Option("--again", help="Measure afresh what is measured already.")] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -59,13 +70,24 @@ def evaluate(
         limit=limit,
         seeds=seeds,
         temperature=temperature,
+        early=early,
+        command=command,
+        command_timeout_s=60 * command_timeout,
+        held_out=held_out,
+        dataset=dataset,
+        n_samples=samples,
         base=base,
         token=token,
         again=again,
         on_progress=ProgressLines().show,
     )
+    if report is not None and report.is_dir():
+        raise SettingsError(f"--report {report}: is a directory; expected the name of a file, such as {report / 'evaluation.html'}")
     with Project(project, create=False) as opened:
         found = opened.evaluate(model, against, options)
+        if report is not None:
+            opened.report_evaluation(found, report)
+            err().print(f"the report is in {report}", markup=False)
     if as_json:
         write_line(found.model_dump_json())
     else:
@@ -83,6 +105,8 @@ def show_evaluation(evaluation: Evaluation) -> None:
         rows = [[one.task, f"{one.candidate:g}", f"{one.opponent:g}"] for one in lost[:MAX_REGRESSIONS]]
         title = f"{len(lost)} tasks got worse" + (f", the first {MAX_REGRESSIONS}" if len(lost) > MAX_REGRESSIONS else "")
         show_table(title, ["task", plan.candidate.name, plan.opponent.name], rows)
+    if evaluation.verdict is not None:
+        write_text(f"by these scores alone: {evaluation.verdict.decision}; {evaluation.verdict.reason}")
     for note in evaluation.notes:
         write_text(f"note: {note}")
 
@@ -128,4 +152,4 @@ class ProgressLines:
             n = len(progress.partial)
             first, second = sum(one.candidate for one in progress.partial), sum(one.opponent for one in progress.partial)
             partial = f"; of {n} tasks so far: candidate {first:g}, opponent {second:g}"
-        err().print(f"{progress.done} of {progress.total} measured{left}{partial}", markup=False)
+        err().print(f"{progress.done} of {progress.total} {progress.what}{left}{partial}", markup=False)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Protocol
 
 from loraloop.daemon.stages import Judged, Observed
 from loraloop.daemon.state import LoopState
 from loraloop.episode import Failure, Outcome, Success, Timeout
 from loraloop.evaluate.contamination import Overlap
-from loraloop.evaluate.gate import Evidence
-from loraloop.evaluate.result import Evaluation
+from loraloop.evaluate.gate import Evidence, GuardScores
+from loraloop.evaluate.result import SIDES, Evaluation
 from loraloop.evaluate.verdict import Policy, Verdict
 from loraloop.evaluation import EvaluationOptions
 from loraloop.judgement import Judgement
@@ -82,7 +83,10 @@ class MeasuredProof:
             return _judged(judgement.verdict, None, sum(scores) / len(scores))
         if not scenario.evaluate:
             return Judged(decision="hold", reason=f"the scenario {scenario.alias!r} does not say what {model} is to be measured on")
-        measured = self._project.evaluate(model, champion, scenario.evaluation_options)
+        measured = self._project.evaluate(model, champion, replace(scenario.evaluation_options, policy=scenario.gate))
+        if measured.verdict is None:
+            reason = f"{measured.primary.name} is not from 0 to 1, or less of it is better: there is nothing to promote {model} by"
+            return Judged(decision="hold", reason=reason, evaluation=measured.id)
         candidate, opponent = measured.scores()
         tasks = tuple(one.task for one in measured.primary.scores)
         evidence = Evidence(
@@ -91,6 +95,8 @@ class MeasuredProof:
             task_ids=tasks,
             candidate_scores=tuple(candidate),
             champion_scores=tuple(opponent),
+            guards=_guards(measured, scenario.gate),
+            sequential=measured.verdict if measured.plan.early else None,
             overlaps=self._project.find_trained_tasks(model, dict.fromkeys(tasks, "")),
         )
         return _judged(self._project.judge(evidence, scenario.gate), measured.id, measured.primary.candidate)
@@ -163,6 +169,17 @@ class ServedByProject:
         registry = self._project.registry
         if registry.get(model).state is not state and state in list_next(registry.get_history(model)):
             registry.move(model, state, reason)
+
+
+def _guards(measured: Evaluation, policy: Policy) -> dict[str, GuardScores]:
+    """The scores of the policy's guarded metrics, as far as they were measured; more is better."""
+    found = {}
+    for one in measured.comparisons:
+        if one.name in policy.guards:
+            sign = 1.0 if one.higher_is_better else -1.0
+            candidate, champion = (tuple(sign * getattr(score, side) for score in one.scores) for side in SIDES)
+            found[one.name] = GuardScores(candidate=candidate, champion=champion)
+    return found
 
 
 def _judged(verdict: Verdict, evaluation: str | None, score: float) -> Judged:

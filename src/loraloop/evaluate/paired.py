@@ -82,7 +82,7 @@ def paired_difference(
         raise EvaluationError(
             f"the candidate has {len(candidate)} scores and the champion {len(champion)}; expected one of each for every task, in one order"
         )
-    if not candidate:
+    if not len(candidate):  # an array has no truth of its own
         raise EvaluationError("there are no tasks to compare on; expected at least one score of each")
     first, second = check_scores("candidate", candidate, bounded=bounded), check_scores("champion", champion, bounded=bounded)
     differences = [a - b for a, b in zip(first, second, strict=True)]

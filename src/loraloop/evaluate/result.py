@@ -13,6 +13,7 @@ from pydantic import Field
 from loraloop.episode import Frozen
 from loraloop.errors import EvaluationError
 from loraloop.evaluate.interval import paired_difference
+from loraloop.evaluate.verdict import Policy, Verdict, paired_verdict
 from loraloop.files import content_hash
 
 SideName = Literal["candidate", "opponent"]
@@ -48,6 +49,8 @@ class EvaluationPlan(Frozen):
     n_samples: int = 0
     samples_hash: str | None = None
     command: str | None = None
+    early: Policy | None = None
+    """Plays end as soon as they decide by this policy; without it all are played."""
     again: int = 0
     """Tells apart measurements of the same, made again on purpose."""
 
@@ -133,6 +136,9 @@ class Evaluation(Frozen):
     comparisons: tuple[Comparison, ...]
     notes: tuple[str, ...] = ()
     """What whoever reads this must know, such as tasks that were left out."""
+    verdict: Verdict | None = None
+    """What the first comparison says by itself; None where its scores are not from 0 to 1, or less of it is better. The gate looks at
+    more than that. Where plays could end early it is the one that is valid however often one looks."""
     stopped_early: bool = False
     """Not all tasks were played, because those that were decided."""
 
@@ -153,6 +159,14 @@ class Evaluation(Frozen):
         """(candidate, opponent) of the primary comparison, for `paired_verdict`; negated where less is better."""
         sign = 1.0 if self.primary.higher_is_better else -1.0
         return [sign * one.candidate for one in self.primary.scores], [sign * one.opponent for one in self.primary.scores]
+
+
+def judge(comparison: Comparison, policy: Policy | None = None) -> Verdict | None:
+    """The verdict on the scores of one comparison, None where they are not from 0 to 1, or less is better."""
+    candidate, opponent = ([getattr(one, side) for one in comparison.scores] for side in SIDES)
+    if not comparison.higher_is_better or not all(0 <= score <= 1 for score in (*candidate, *opponent)):
+        return None
+    return paired_verdict(candidate, opponent, policy)
 
 
 def mean(values: Sequence[float]) -> float:

@@ -101,6 +101,47 @@ def play(
     return [seat.played for seat in seats]
 
 
+@dataclass(frozen=True)
+class Opening:
+    """A conversation that waits for the agent's next turn."""
+
+    messages: Sequence[Message]
+    tools: Sequence[dict[str, Any]] = ()
+
+
+def speak(
+    player: Player, openings: Sequence[Opening], max_tokens: Sequence[int], sampling: Sampling | None = None, *, keep_special: bool = True
+) -> list[str]:
+    """The agent's next turn behind each opening, at most so many tokens of each; special tokens stand in it unless told otherwise."""
+    if not openings:
+        return []
+    seats = [
+        _Seat(
+            player,
+            _OneTurn(),
+            Played(None, list(opening.messages)),
+            PlayLimits(1, n_tokens, n_tokens),
+            lambda text: text,
+            tools=opening.tools,
+            keep_special=keep_special,
+        )
+        for opening, n_tokens in zip(openings, max_tokens, strict=True)
+    ]
+    choose, told = _Choice(sampling or Sampling(), len(seats)), _Told(lambda done, total, step: None, lambda place, played: None)
+    _run(player, seats, PlayLimits(1, max(max_tokens), max(max_tokens)), choose, told)
+    return [seat.played.messages[-2].content or "" for seat in seats]
+
+
+class _OneTurn:
+    """What is played where only the next turn is wanted."""
+
+    def reset(self, task: None) -> str:  # noqa: ARG002  an environment's
+        return ""
+
+    def step(self, action: str) -> tuple[str, float, bool]:  # noqa: ARG002
+        return "", 0.0, True
+
+
 def _opening(observation: str, system: str | None) -> list[Message]:
     head = [Message(role="system", content=system)] if system is not None else []
     return [*head, Message(role="user", content=observation)]
@@ -115,6 +156,8 @@ class _Seat(Generic[T]):
     played: Played[T]
     limits: PlayLimits
     to_action: Callable[[str], str]
+    tools: Sequence[dict[str, Any]] = ()
+    keep_special: bool = False
     feed: list[int] = field(default_factory=list)
     said: list[int] = field(default_factory=list)
     n_fed: int = 0
@@ -139,7 +182,7 @@ class _Seat(Generic[T]):
     def _end_turn(self, *, stopped: bool) -> None:
         """Act, and queue what the template puts between the agent's last token and its next turn."""
         words = self.said[:-1] if stopped else self.said
-        text = self.player.template.decode(words)
+        text = self.player.template.decode(words, keep_special=self.keep_special)
         self.said = []
         observation, reward, done = self.environment.step(self.to_action(text))
         before = self._text(generation_prompt=True)
@@ -162,8 +205,8 @@ class _Seat(Generic[T]):
         return rest[start + length :] if stopped else rest[start:]
 
     def _text(self, *, generation_prompt: bool) -> str:
-        turns, _ = self.player.template.prepare(self.played.messages)
-        return self.player.template.text(turns, generation_prompt=generation_prompt)
+        turns, tools = self.player.template.prepare(self.played.messages, self.tools)
+        return self.player.template.text(turns, tools, generation_prompt=generation_prompt)
 
 
 def stop_token_ids(player: Player) -> frozenset[int]:

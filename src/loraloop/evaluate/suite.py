@@ -53,6 +53,7 @@ class Progress:
     eta_s: float | None
     partial: tuple[TaskScore, ...] = ()
     """The tasks that both sides have played."""
+    what: str = "plays"
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ def play_both(
 
     Speakers are made when they are first needed: where all is played already, none is. Raises EvaluationError.
     """
-    clock = _Clock(2 * len(schedule.tasks) * schedule.seeds, len(plays))
+    clock = Clock(2 * len(schedule.tasks) * schedule.seeds, len(plays))
     ready: dict[SideName, Speaker] = {}
     tasks: list[Task] = []
     told: list[TaskScore] = []
@@ -186,13 +187,14 @@ def _seed_of(task: Task, seed: int) -> int:
     return zlib.crc32(f"{seed}\0{task.id}".encode())
 
 
-class _Clock:
+class Clock:
     """Estimates what is left from what this process has done itself."""
 
-    def __init__(self, total: int, done_before: int) -> None:
-        self.total, self.done_before, self.started = total, done_before, time.monotonic()
+    def __init__(self, total: int, done_before: int, what: str = "plays") -> None:
+        self.total, self.done_before, self.what, self.started = total, done_before, what, time.monotonic()
 
-    def tell(self, done: int, partial: Sequence[TaskScore]) -> Progress:
+    def tell(self, done: int, partial: Sequence[TaskScore] = ()) -> Progress:
+        """How far it is when so much is done."""
         own = done - self.done_before
         eta = (time.monotonic() - self.started) / own * (self.total - done) if own > 0 else None
-        return Progress(done, self.total, eta, tuple(partial))
+        return Progress(done, self.total, eta, tuple(partial), self.what)

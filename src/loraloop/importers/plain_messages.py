@@ -6,6 +6,8 @@ Only what nothing has to be repaired, refused or left behind of; anything else, 
 
 from __future__ import annotations
 
+from itertools import chain
+
 from pydantic import TypeAdapter, ValidationError
 
 from loraloop.episode import Message, ToolCall
@@ -20,11 +22,11 @@ def find_plain(raw: object) -> tuple[Message, ...] | None:
 
     That the agent has a turn, and that results pair with calls, is still to be checked.
     """
-    if not isinstance(raw, list) or not all(isinstance(item, dict) and item.keys() <= _KEYS for item in raw):
-        return None
     try:
+        if not isinstance(raw, list) or not _KEYS.issuperset(chain.from_iterable(raw)):
+            return None
         messages = _MESSAGES.validate_python(raw)
-    except ValidationError:
+    except (TypeError, ValidationError):  # what is no object has keys that are none, or no keys
         return None
     texts: list[str | None] = []
     for message in messages:

@@ -75,9 +75,11 @@ class EpisodeBook:
             except (ValueError, TypeError, KeyError) as error:
                 n_unreadable += 1
                 append_jsonl(self._aside_path, {"why": str(error), "line": line})
-        self._save(changed)
+        closing = {part for part, line in said if line["outcome"] is not None and part in changed}
+        self._save({part: _opened(episode) if part in closing else episode for part, episode in changed.items()})
         for part, line in said:
             self._label(part, line)
+        self._save({part: changed[part] for part in closing})  # last, so that none is over and its outcome not yet known
         return n_unreadable
 
     def close_idle(self, idle_ms: int) -> None:
@@ -192,6 +194,10 @@ def _continue(episode: Episode, records: list[LlmCallRecord]) -> Episode:
             "metadata": episode.metadata.model_copy(update={"tags": {**episode.metadata.tags, "model": versions}}),
         }
     )
+
+
+def _opened(episode: Episode) -> Episode:
+    return episode.model_copy(update={"is_open": True, "metadata": episode.metadata.model_copy(update={"ended_at": None})})
 
 
 def _closed(episode: Episode) -> Episode:

@@ -70,16 +70,7 @@ def check_adapter(adapter: Path, base: GgufBase, trained_on: str | None = None) 
 
     `trained_on` is the hash of the base model that it was trained on; where it is None, what the adapter's own record says counts.
     """
-    read = read_adapter(adapter)
-    findings = list(read.findings)
-    trained_on = trained_on or _find_recorded_base(adapter)
-    if trained_on is not None and trained_on not in base.known_as:
-        known = ", ".join(sorted(known[:12] for known in base.known_as))
-        findings.append(f"it was trained on base model {trained_on[:12]}, and this is {known}; serve it on the one it was trained on")
-    if base.architecture not in PERMUTED:
-        return [*findings, f"the base model's architecture is {base.architecture!r}; adapters are proven for {', '.join(PERMUTED)} only"]
-    findings += [problem for pair in read.pairs for problem in _check_pair(pair, base)]
-    return findings + list(_find_gaps(read, base))
+    return _check(adapter, read_adapter(adapter), base, trained_on)
 
 
 def write_adapter(adapter: Path, base: GgufBase, target: Path, *, version: str = "", trained_on: str | None = None) -> None:
@@ -87,7 +78,8 @@ def write_adapter(adapter: Path, base: GgufBase, target: Path, *, version: str =
 
     The same adapter gives the same bytes. Raises ServingError, naming all that `check_adapter` finds, and then there is no file.
     """
-    if findings := check_adapter(adapter, base, trained_on):
+    read = read_adapter(adapter)
+    if findings := _check(adapter, read, base, trained_on):
         raise ServingError(f"adapter {adapter} cannot be served on {base.path.name}: {'; '.join(findings)}")
     with new_file(target) as aside:
         writer = gguf.GGUFWriter(aside, base.architecture)
@@ -95,7 +87,7 @@ def write_adapter(adapter: Path, base: GgufBase, target: Path, *, version: str =
         writer.add_string("adapter.type", "lora")
         writer.add_string("loraloop.version", version)
         writer.add_string("loraloop.base.sha256", base.sha256)
-        for pair in read_adapter(adapter).pairs:
+        for pair in read.pairs:
             name = _find_target(pair.module, base)
             writer.add_tensor(f"{name}.lora_a", pair.a)
             writer.add_tensor(f"{name}.lora_b", _place_rows(_fold(pair), str(name), base))
@@ -116,6 +108,18 @@ def permute_rows(weight: npt.NDArray[Any], n_heads: int) -> npt.NDArray[Any]:
     """The rows of each head in the order that GGUF has for Llama: pairs that are rotated together side by side. (rows, …) -> the same."""
     halves = weight.reshape(n_heads, 2, weight.shape[0] // n_heads // 2, *weight.shape[1:])
     return np.ascontiguousarray(halves.swapaxes(1, 2).reshape(weight.shape))
+
+
+def _check(adapter: Path, read: PeftAdapter, base: GgufBase, trained_on: str | None) -> list[str]:
+    findings = list(read.findings)
+    trained_on = trained_on or _find_recorded_base(adapter)
+    if trained_on is not None and trained_on not in base.known_as:
+        known = ", ".join(sorted(known[:12] for known in base.known_as))
+        findings.append(f"it was trained on base model {trained_on[:12]}, and this is {known}; serve it on the one it was trained on")
+    if base.architecture not in PERMUTED:
+        return [*findings, f"the base model's architecture is {base.architecture!r}; adapters are proven for {', '.join(PERMUTED)} only"]
+    findings += [problem for pair in read.pairs for problem in _check_pair(pair, base)]
+    return findings + list(_find_gaps(read, base))
 
 
 def _fold(pair: LoraPair) -> FloatArray:

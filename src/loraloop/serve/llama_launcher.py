@@ -32,6 +32,8 @@ class LlamaServerPlan(Frozen):
     n_ctx: int = Field(ge=1)
     """Tokens of all requests under way together."""
     n_threads: int = Field(ge=1)
+    is_exact: bool = False
+    """Keys and values in float32, and plain attention: llama.cpp's flash attention rounds to float16 on the CPU."""
 
 
 def main() -> None:
@@ -63,6 +65,9 @@ def make_params(plan: LlamaServerPlan) -> Any:
     params.n_ctx, params.n_parallel = plan.n_ctx, plan.n_parallel
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = plan.n_threads
     params.n_gpu_layers = 0
+    if plan.is_exact:
+        params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+        params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     params.fit_params = False  # or it may take another context than it was told
     params.hostnames, params.port = ["127.0.0.1"], 0
     params.api_keys = [plan.api_key]

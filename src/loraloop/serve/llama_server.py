@@ -37,6 +37,8 @@ _N_TOP = 50
 _ASCII_ONLY = "root ::= [a-z]+"
 """A grammar for the one token that scoring generates: of half a character, llama.cpp tells no log-probabilities."""
 _HEALTH_SECONDS = 5.0
+_SETTLE_SECONDS = 0.5
+"""How long an error waits to learn whether the server has died of it."""
 
 
 def _count_processors() -> int:
@@ -57,7 +59,7 @@ class LlamaCppSettings(Frozen):
     request_seconds: float = Field(default=120.0, gt=0)
     """How long the answer to one probe prompt may take."""
     reproducible: bool = False
-    """The same bytes for the same greedy request: one request at a time, each prompt computed anew. Slower; for proofs and tests."""
+    """The same bytes for the same greedy request: one request at a time, each prompt computed anew, attention in float32. Slower."""
     base_dtype: GgufDtype = "auto"
     """The type of the weights when a folder is converted: `auto` as they are stored, float32, float16 or bfloat16."""
 
@@ -116,7 +118,7 @@ class LlamaCppApplier:
     async def start(self, version: Version) -> Endpoint:
         """A new server for `version`, healthy. Raises ServingError with the end of its log; then nothing of it is left."""
         if findings := await asyncio.to_thread(self.check, version):
-            raise ServingError(f"{version.name} cannot be served: {'; '.join(findings)}")
+            raise ServingError(f"{version.name}: {'; '.join(findings)}")
         if _stamp(self._base.path) != self._stamp:
             raise ServingError(f"the base model {self._base.path} was changed since it was opened; put it back, or open it anew")
         with tempfile.TemporaryDirectory(prefix="adapter-", dir=self._folder) as aside:  # the server reads it once
@@ -182,7 +184,7 @@ class LlamaCppApplier:
         except BaseException as error:
             await asyncio.shield(self._discard(process))
             if isinstance(error, ServingError):
-                raise ServingError(f"{version.name} cannot be served: {error}\nThe whole log is in {log_path}") from error
+                raise ServingError(f"{version.name}: {error}\nThe whole log is in {log_path}") from error
             raise
         finally:
             self._starting.discard(process)
@@ -203,6 +205,7 @@ class LlamaCppApplier:
             n_parallel=n_parallel,
             n_ctx=n_parallel * self._settings.n_ctx,
             n_threads=self._settings.n_threads,
+            is_exact=self._settings.reproducible,
         )
         return plan.model_dump_json()
 
@@ -221,11 +224,17 @@ class LlamaCppApplier:
             top = response.json()["completion_probabilities"][0]["top_logprobs"]
             return {int(entry["id"]): float(entry["logprob"]) for entry in top}
         except (httpx2.HTTPError, ValueError, KeyError, IndexError, TypeError) as error:
-            process = self._running.get(endpoint.url)
-            state = "it is stopped" if process is None else process.describe_end()
-            raise ServingError(
-                f"{endpoint.version.name}: a prompt of {len(prompt)} tokens cannot be scored ({error!r}); {state}"
-            ) from error
+            state = await self._describe(endpoint)
+            said = f": {error.response.text[:300]}" if isinstance(error, httpx2.HTTPStatusError) else ""
+            what = f"a prompt of {len(prompt)} tokens cannot be scored ({error!r}{said}); {state}"
+            raise ServingError(f"{endpoint.version.name}: {what}") from error
+
+    async def _describe(self, endpoint: Endpoint) -> str:
+        process = self._running.get(endpoint.url)
+        if process is None:
+            return "its server is stopped"
+        await process.wait_end(_SETTLE_SECONDS)
+        return process.describe_end()
 
 
 def _find_base(base: str, folder: Path, dtype: GgufDtype) -> tuple[GgufBase, str]:

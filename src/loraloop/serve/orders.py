@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import urllib.parse
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,27 @@ from loraloop.lease import read_holder
 from loraloop.serve.applier import ALIAS_FORM
 from loraloop.serve.fleet_status import ApplyReport, FleetStatus
 
+HOST = "127.0.0.1"
 SERVICE_FILE = "service.json"
 LEASE_FILE = "service.lease"
 DEFAULT_ALIAS = "agent"
 MAX_SECONDS = 1800.0
 """The longest that an order may take: a base model that must be converted, or a reference that must be computed, takes minutes."""
+
+
+@dataclass(frozen=True)
+class ServiceSettings:
+    """What is served, and where."""
+
+    base: str
+    """What the applier opens: a GGUF file, a model's folder, or a server's URL."""
+    applier: str = "llama.cpp"
+    port: int = 0
+    """0 for any that is free."""
+    token: str | None = None
+    """What clients must show; a random one without."""
+    drain_seconds: float = 120.0
+    """How long what is under way may go on when a version, or the service, ends."""
 
 
 class ApplyOrder(Frozen):

@@ -88,6 +88,11 @@ class ServerProcess:
         """The last lines that it has said."""
         return "\n".join(self._said.decode("utf-8", "replace").splitlines()[-TAIL_LINES:]) or "(nothing)"
 
+    async def wait_end(self, seconds: float) -> None:
+        """Until it has ended, but no longer than `seconds`: the system tells of a death a moment after the connections have broken."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._child.wait(), seconds)
+
     def describe_end(self) -> str:
         """How it ended, as a phrase."""
         code = self._child.returncode

@@ -97,7 +97,8 @@ class Choice:
             self._add_delta(delta)
         if said.get("finish_reason") is not None:
             self.finish_reason = str(said["finish_reason"])
-        _add_measures(self, said)
+        if said.get("logprobs") or said.get("token_ids"):
+            _add_measures(self, said)
 
     def _add_delta(self, delta: dict[str, Any]) -> None:
         for key, value in delta.items():
