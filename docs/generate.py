@@ -32,6 +32,7 @@ COMMANDS = [
     ["watch"],
     ["watch", "pause"],
     ["watch", "resume"],
+    ["watch", "now"],
     ["status"],
     ["settings", "show"],
     ["export"],

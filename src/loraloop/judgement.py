@@ -139,16 +139,16 @@ def _list_trained(model: TrainedModel, store: EpisodeStore, folder: Path | None)
             of = {str(one) for one in (sample.episode_id, sample.rejected_episode_id) if one is not None}
             requests.update(dict.fromkeys(of, _opening(sample.messages)))
     found = set()
-    for episode_id, request in requests.items():
-        episode = store.find(episode_id)
+    for known_id, request in requests.items():
+        episode = store.find(known_id)
         if episode is None and request is None:
             return None
         if request is not None:
-            found.add((f"episode {episode_id}", request))
+            found.add((f"episode {known_id}", request))
         if episode is not None:
             told = first_request(episode)
             names = {episode.task_id, episode.group_id, *(record.task_id for record in episode.records)} - {None}
-            found |= {(str(name), told) for name in names or {f"episode {episode_id}"}}
+            found |= {(str(name), told) for name in names or {f"episode {known_id}"}}
     return found
 
 

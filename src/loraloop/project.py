@@ -18,6 +18,7 @@ from loraloop.chat.rows import ACCEPTED
 from loraloop.daemon import state
 from loraloop.daemon.cycle import CycleReport
 from loraloop.daemon.project_stages import ProjectStages, Proof, Serving
+from loraloop.daemon.proving import MeasuredProof, ServedByProject
 from loraloop.daemon.status import LoopStatus, status_of
 from loraloop.daemon.watch import Watch, choose
 from loraloop.data_report.findings import Findings, ReportOptions
@@ -215,14 +216,22 @@ class Project:
         Raises SettingsError for an alias that there is not, LeaseHeld when another process watches the project.
         """
         scenarios = choose(self.settings.scenarios, aliases)
-        stages = ProjectStages(self, self.settings, proof=proof, serving=serving)
+        stages = self._stages(proof, serving)
         seconds = self.settings.get("watch", "interval_seconds") if interval_seconds is None else interval_seconds
         return Watch(self.directory, self.store.ledger, scenarios, stages, seconds).run(once=once)
 
     def status(self, aliases: Sequence[str] = ()) -> list[LoopStatus]:
         """Where the loops of these aliases stand, of all without any. Raises SettingsError for an alias that there is not."""
-        stages = ProjectStages(self, self.settings)
+        stages = self._stages()
         return [status_of(self.store.ledger, one, stages, self.directory) for one in choose(self.settings.scenarios, aliases)]
+
+    def _stages(self, proof: Proof | None = None, serving: Serving | None = None) -> ProjectStages:
+        return ProjectStages(self, self.settings, proof=proof or MeasuredProof(self), serving=serving or ServedByProject(self))
+
+    def ask_round(self, aliases: Sequence[str] = ()) -> None:
+        """Let the loops of these aliases, all without any, begin a round as soon as none is under way, whatever the trigger waits for."""
+        for alias in [one.alias for one in choose(self.settings.scenarios, aliases)] if aliases else [state.EVERY_ALIAS]:
+            state.request(self.store.ledger, alias)
 
     def pause(self, aliases: Sequence[str] = (), *, paused: bool = True) -> None:
         """Let the loops of these aliases, all without any, begin no further stage, or with `paused=False` go on again."""

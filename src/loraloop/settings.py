@@ -24,8 +24,11 @@ from pydantic.fields import FieldInfo
 from loraloop.dataset.settings import DatasetSettings
 from loraloop.episode import EpisodeFilter, Frozen
 from loraloop.errors import SettingsError
+from loraloop.evaluate.verdict import Policy
+from loraloop.evaluation import EvaluationOptions
 from loraloop.lora.config import LoraTrainerConfig, TrainOptions
 from loraloop.training_data import Method
+from loraloop.trigger import Count, Trigger
 
 FILE = "loraloop.toml"
 PREFIX = "LORALOOP_"
@@ -65,8 +68,12 @@ class ScenarioSettings(Frozen):
     """Files and folders to take in, besides what the router records; a path is from the project's directory."""
     license: str | None = None
     """The terms of episodes of the sources that say none."""
-    min_new_episodes: int = Field(default=50, ge=1)
-    """So many episodes that are new since the last round begin another."""
+    trigger: Trigger = Trigger(when=Count(episodes=50))
+    """When to begin another round, and the limits of that."""
+    evaluate: dict[str, JsonValue] = Field(default_factory=dict)
+    """What a candidate is measured on, as `EvaluationOptions` has it; without any every candidate is held."""
+    gate: Policy = Policy()
+    """What has to be shown before a candidate goes live."""
     observe_seconds: float = Field(default=600.0, ge=0)
     """How long a model that was applied is observed, before the next round."""
     max_attempts: int = Field(default=5, ge=1)
@@ -79,6 +86,23 @@ class ScenarioSettings(Frozen):
     """Settings of `[train]` that are otherwise here."""
     build: dict[str, JsonValue] = Field(default_factory=dict)
     """Settings of `[build]` that are otherwise here."""
+
+    @property
+    def evaluation_options(self) -> EvaluationOptions:
+        """What to measure. Raises SettingsError for a name that there is not, or a value out of its range."""
+        for name in self.evaluate:
+            _check_name(
+                f"the scenario {self.alias!r}, evaluate",
+                name,
+                [known for known in fields_of(EvaluationOptions) if known not in _NOT_SET["evaluate"]],
+            )
+        told = {name: Path(value) if name == "tasks" and isinstance(value, str) else value for name, value in self.evaluate.items()}
+        try:
+            options = EvaluationOptions(**told)  # type: ignore[arg-type]  # checked there
+            options.check()
+        except TypeError as error:
+            raise SettingsError(f"the scenario {self.alias!r}, evaluate: {error}") from error
+        return options
 
     @property
     def episode_filter(self) -> EpisodeFilter:
@@ -102,8 +126,8 @@ SECTIONS: dict[str, tuple[type, ...]] = {
     "watch": (WatchSettings,),
 }
 """What may be set in which section; a name is unique within its section."""
-_NOT_SET = {"train": {"output_dir", "data_dir"}}
-"""Where a project keeps its files is not for a file of it to say."""
+_NOT_SET = {"train": {"output_dir", "data_dir"}, "evaluate": {"on_progress", "policy", "token"}}
+"""Where a project keeps its files is not for a file of it to say, what decides is `gate`, and secrets stand in no file."""
 
 
 @dataclass(frozen=True)
@@ -272,7 +296,8 @@ def _explain(where: str, setting: Setting, error: ValidationError) -> str:
     first = error.errors(include_url=False)[0]
     place = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden" and setting.section == "watch":
-        known = list(ScenarioSettings.model_fields)
+        kinds: dict[object, type[BaseModel]] = {"trigger": Trigger, "gate": Policy}
+        known = list(kinds.get(first["loc"][1], ScenarioSettings).model_fields)
         name = str(first["loc"][-1])
         return f"{where}: there is no setting {name!r}; known: {', '.join(known)}.{nearest(name, known)}"
     return f"{where}{f' ({place})' if place else ''}={first['input']!r}: {first['msg']}"
@@ -292,6 +317,7 @@ def _check_ranges(settings: Settings, path: Path) -> None:
         try:
             settings.trainer_settings(scenario)
             settings.dataset_settings(scenario)
+            _ = scenario.evaluation_options if scenario else None
         except (SettingsError, TypeError) as error:
             origins = sorted({one.origin for one in settings if one.origin != DEFAULT and one.section in ("train", "build")})
             raise SettingsError(f"{where or ', '.join(origins)}: {error}") from error

@@ -35,7 +35,7 @@ interval_seconds = 0.05
 alias = "agent"
 sources = ["chats"]
 license = "own"
-min_new_episodes = {at_least}
+trigger = {{when = {{kind = "count", episodes = {at_least}}}}}
 observe_seconds = 0
 retry_seconds = 0.05
 """
@@ -57,19 +57,22 @@ class Ledgered:
         self._write("evaluate", scenario, model)
         return Judged(decision=decision, reason=f"{decision} against {live or 'base'}", evaluation="evaluation-1")  # type: ignore[arg-type]
 
-    def apply(self, scenario: ScenarioSettings, model: str) -> None:
+    def apply(self, scenario: ScenarioSettings, state: LoopState) -> None:
         self._maybe_fail("apply")
-        self._write("apply", scenario, model)
+        self._write("apply", scenario, str(state.model))
 
     def observe(self, scenario: ScenarioSettings, state: LoopState) -> Observed:
         self._maybe_fail("observe")
         reason = f"{scenario.alias}: {'worse' if self.is_worse else 'as good'} as {state.previous}"
         return Observed(is_worse=self.is_worse, is_decided=False, reason=reason)
 
-    def roll_back(self, scenario: ScenarioSettings, to: str | None, reason: str) -> None:
+    def roll_back(self, scenario: ScenarioSettings, state: LoopState, reason: str) -> None:
         self._maybe_fail("roll_back")
         assert reason
-        self._write("roll_back", scenario, str(to))
+        self._write("roll_back", scenario, str(state.previous))
+
+    def list_scores(self, scenario: ScenarioSettings, state: LoopState) -> list[float]:  # noqa: ARG002
+        return []
 
     def lines(self, what: str) -> list[str]:
         found = [json.loads(line) for line in self.path.read_text().splitlines()] if self.path.exists() else []

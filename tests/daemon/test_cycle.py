@@ -13,12 +13,13 @@ from models_made import make_model, save_model
 
 from loraloop.daemon.cycle import CycleReport, cycle_once
 from loraloop.daemon.project_stages import ProjectStages
-from loraloop.daemon.state import FAILED, TRANSITIONS, LoopNote, LoopState, Stage, iter_moves, pause, read_state, resume
+from loraloop.daemon.state import FAILED, TRANSITIONS, LoopNote, LoopState, Stage, iter_moves, pause, read_state, request, resume
 from loraloop.errors import LoraTrainerError
 from loraloop.lora.model import LoraModelId
 from loraloop.project import Project
 from loraloop.settings import ScenarioSettings
 from loraloop.store.ledger import Event, NoteChanged
+from loraloop.trigger import Count, Schedule, Trigger
 
 ROUND = ("collect -> build", "build -> train", "train -> evaluate", "evaluate -> apply", "apply -> observe", "observe -> collect")
 
@@ -191,9 +192,7 @@ def test_a_round_that_fails_too_often_is_given_up_and_its_dataset_gone_on_with(l
     assert loop.events(FAILED)[-1].data["given_up"]
     assert loop.state.failure is not None, "status tells it until the next round"
     run = loop.state.run
-    note = LoopNote(loop.project.store.ledger, "agent")
-    note.move(note.state.model_copy(update={"n_episodes": 0}))
-    assert loop.cycle(after_seconds=10).moves == ROUND
+    assert loop.cycle(after_seconds=60).moves == ROUND, "its episodes are new still"
     assert loop.state.live == run, "the same run of the same dataset"
 
 
@@ -291,3 +290,44 @@ def test_what_has_no_verdict_is_never_applied(loop: Loop) -> None:
     note.move(note.state.model_copy(update={"stage": Stage.APPLY, "model": str(model.id)}))
     assert "has no verdict that promotes it" in str(loop.cycle().failure)
     assert loop.end.lines("apply") == []
+
+
+# --- triggers ---------------------------------------------------------------------------------------------------------------
+
+
+def test_a_quiet_hour_is_kept_and_the_round_begins_behind_it(loop: Loop) -> None:
+    quiet = Trigger(when=Count(episodes=4), quiet_hours=("00:00", "06:00"))
+    loop.scenario = loop.scenario.model_copy(update={"trigger": quiet})
+    loop.now_ms = 3 * 3_600_000  # 03:00 UTC
+    waiting = loop.cycle()
+    assert waiting.waits_for == "quiet hours until 06:00"
+    assert waiting.next_look_at == 6 * 3_600_000
+    assert loop.cycle(after_seconds=3 * 3600).moves == ROUND
+
+
+def test_a_schedule_counts_from_the_first_look_and_fires_once(loop: Loop) -> None:
+    loop.scenario = loop.scenario.model_copy(update={"trigger": Trigger(when=Schedule(at="12:00"))})
+    loop.now_ms = 11 * 3_600_000
+    assert loop.cycle().moves == ()
+    assert loop.cycle(after_seconds=3600).moves == ROUND
+    add_chats(loop.project.directory, 4, 8)
+    assert loop.cycle(after_seconds=3600).moves == ()
+    assert loop.cycle(after_seconds=24 * 3600).moves == ROUND
+
+
+def test_a_round_that_was_given_up_holds_the_trigger_back(loop: Loop) -> None:
+    loop.scenario = loop.scenario.model_copy(update={"max_attempts": 1})
+    loop.stages.fail_training = 1
+    assert loop.cycle().failure
+    assert "after 1 failures in a row" in loop.cycle(after_seconds=30).waits_for
+    assert loop.cycle(after_seconds=30).moves == ROUND
+
+
+def test_who_asks_by_hand_gets_one_round_whatever_the_trigger_waits_for(loop: Loop) -> None:
+    loop.scenario = loop.scenario.model_copy(update={"trigger": Trigger(when=Count(episodes=1000))})
+    assert loop.cycle().moves == ()
+    request(loop.project.store.ledger, "agent")
+    assert loop.cycle().moves == ROUND
+    assert loop.cycle().moves == (), "it was one request"
+    request(loop.project.store.ledger)
+    assert loop.cycle().moves == ("collect -> build", "build -> collect"), "there is nothing new to train on"

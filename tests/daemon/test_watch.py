@@ -44,7 +44,7 @@ TWO_LOOPS = """
 [[watch.scenario]]
 alias = "cook"
 scenario = "kitchen"
-min_new_episodes = 1
+trigger = {when = {kind = "count", episodes = 1}}
 
 [[watch.scenario]]
 alias = "clerk"
@@ -133,7 +133,7 @@ def due(folder: Path) -> bool:
 
 
 def test_a_loop_goes_on_wherever_it_is_killed(tmp_path: Path, tiny_model: Callable[[str], Path], capsys: Any) -> None:
-    killed = survive(make_folder(tmp_path / "project", tiny_model("llama")), kills=3, seed=1)
+    killed = survive(make_folder(tmp_path / "project", tiny_model("llama")), kills=2, seed=1)
     with capsys.disabled():
         print(f"\nkilled in: {dict(killed)}")
 

@@ -104,6 +104,17 @@ def resume(project: ProjectOption = DEFAULT_PROJECT, scenario: ScenarioOption = 
     show_next("loraloop status", project)
 
 
+@watch.command("now", epilog="Example: loraloop watch now --scenario agent")
+def now(project: ProjectOption = DEFAULT_PROJECT, scenario: ScenarioOption = None) -> None:
+    """Ask for a round as soon as none is under way, whatever the trigger waits for."""
+    from loraloop.project import Project
+
+    with Project(project, create=False) as opened:
+        opened.ask_round(scenario or ())
+    err().print(f"{', '.join(scenario) if scenario else 'every loop'}: a round is asked for", markup=False)
+    show_next("loraloop status", project)
+
+
 def is_news(report: CycleReport, last: CycleReport | None) -> bool:
     """Whether a cycle did anything, or waits for something else than the one before."""
     came = report.collected.stored or report.collected.refused

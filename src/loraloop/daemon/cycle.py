@@ -20,6 +20,7 @@ from loraloop.errors import EmptyData, TrainingStopped
 from loraloop.lora.model import LoraModelId
 from loraloop.settings import ScenarioSettings
 from loraloop.store.ledger import Ledger, NoteChanged
+from loraloop.trigger import end
 
 TRACEBACK_CHARS = 8_000
 """How much of a traceback an event keeps, from its end."""
@@ -103,7 +104,7 @@ def cycle_once(
         collected = collected.plus(step.collected) if step.collected else collected
         if step.state is None:
             return report(step.waits_for, step.next_look_at)
-        cycle.note.move(step.state, **step.told)
+        cycle.note.move(_with_trigger_ended(step.state, cycle.now(), failed=False), **step.told)
         moves.append(f"{before.stage} -> {step.state.stage}")
         if step.state.stage is Stage.COLLECT:
             return report("this round is over")
@@ -122,10 +123,12 @@ def _hindrance(ledger: Ledger, cycle: _Cycle) -> str | None:
 
 def _collect(cycle: _Cycle) -> _Step:
     collected = cycle.stages.collect(cycle.scenario)
-    look = cycle.stages.look(cycle.scenario, cycle.state)
+    look = cycle.stages.look(cycle.scenario, cycle.state, cycle.now())
     if not look.fire:
+        if look.trigger != cycle.state.trigger:
+            cycle.note.keep(cycle.state.model_copy(update={"trigger": look.trigger}))
         return _Step(None, {}, "; ".join(look.reasons), look.next_look_at, collected)
-    fired = {"round": cycle.state.round + 1, "n_episodes": look.n_episodes, "fired_at": cycle.now(), "trigger": look.trigger}
+    fired = {"round": cycle.state.round + 1, "n_fired": look.n_episodes, "fired_at": cycle.now(), "trigger": look.trigger}
     state = cycle.state.to(Stage.BUILD, **fired, dataset=None, run=None, model=None)
     return _Step(state, {"reasons": list(look.reasons), "n_episodes": look.n_episodes}, collected=collected)
 
@@ -135,10 +138,13 @@ def _build(cycle: _Cycle) -> _Step:
     try:
         dataset = cycle.stages.build(cycle.scenario)
     except EmptyData as error:
-        return _Step(cycle.state.to(Stage.COLLECT), {"why": str(error)})
+        return _Step(cycle.state.to(Stage.COLLECT, n_episodes=cycle.state.n_fired), {"why": str(error)})
     begun = cycle.note.find_run(dataset)
     if begun is not None and begun[1]:
-        return _Step(cycle.state.to(Stage.COLLECT, dataset=dataset), {"why": f"{begun[0]} was trained on this very dataset"})
+        return _Step(
+            cycle.state.to(Stage.COLLECT, dataset=dataset, n_episodes=cycle.state.n_fired),
+            {"why": f"{begun[0]} was trained on this very dataset"},
+        )
     return _Step(cycle.state.to(Stage.TRAIN, dataset=dataset, run=begun[0] if begun else LoraModelId.new()), {})
 
 
@@ -149,7 +155,8 @@ def _train(cycle: _Cycle) -> _Step:
             cycle.state.model_copy(update={"run": str(LoraModelId.new()), "retry_at": None}),
             {"why": f"{run} ended before its first step"},
         )
-    return _Step(cycle.state.to(Stage.EVALUATE, model=cycle.stages.train(cycle.scenario, dataset, run)), {})
+    model = cycle.stages.train(cycle.scenario, dataset, run)
+    return _Step(cycle.state.to(Stage.EVALUATE, model=model, n_episodes=cycle.state.n_fired), {})
 
 
 def _evaluate(cycle: _Cycle) -> _Step:
@@ -165,7 +172,7 @@ def _apply(cycle: _Cycle) -> _Step:
     state, model = cycle.state, _known(cycle.state.model)
     if state.verdict is None or state.verdict.model != model or state.verdict.decision != "promote":
         raise RuntimeError(f"{model} has no verdict that promotes it")
-    cycle.stages.apply(cycle.scenario, model)
+    cycle.stages.apply(cycle.scenario, state)
     return _Step(state.to(Stage.OBSERVE, live=model, previous=state.live, applied_at=cycle.now()), {"before": state.live})
 
 
@@ -184,7 +191,7 @@ def _observe(cycle: _Cycle) -> _Step:
 def _roll_back(cycle: _Cycle) -> _Step:
     state = cycle.state
     why = f"live scores fell after {state.live} was applied"
-    cycle.stages.roll_back(cycle.scenario, state.previous, why)
+    cycle.stages.roll_back(cycle.scenario, state, why)
     return _Step(state.to(Stage.COLLECT, live=state.previous, previous=None, applied_at=None), {"why": why, "rolled_back": state.live})
 
 
@@ -211,8 +218,16 @@ def _fail(cycle: _Cycle, error: Exception) -> int | None:
     kept = {"stage": following, "attempts": 0 if is_given_up else attempts, "retry_at": retry_at, "failure": failure}
     lines = "".join(traceback.format_exception(error))[-TRACEBACK_CHARS:]
     told: dict[str, JsonValue] = {"error": type(error).__name__, "message": failure.message, "traceback": lines, "attempts": attempts}
-    cycle.note.fail(state.model_copy(update=kept), **told, given_up=is_given_up, retry_at=retry_at)
+    failed = _with_trigger_ended(state.model_copy(update=kept), now, failed=True)
+    cycle.note.fail(failed, **told, given_up=is_given_up, retry_at=retry_at)
     return retry_at
+
+
+def _with_trigger_ended(state: LoopState, now: int, *, failed: bool) -> LoopState:
+    """The state, and where its round is over the trigger's that hears of it."""
+    if state.stage is not Stage.COLLECT or state.trigger is None or not state.trigger.running:
+        return state
+    return state.model_copy(update={"trigger": end(state.trigger, now, failed=failed)})
 
 
 def _known(name: str | None) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Protocol
 
 from loraloop.daemon.stages import Collected, Judged, Look, Observed
-from loraloop.daemon.state import LoopState
+from loraloop.daemon.state import LoopState, find_request
 from loraloop.dataset import Dataset, DatasetSettings
 from loraloop.episode import EpisodeFilter
 from loraloop.errors import ImportFailed, LoraTrainerError, ServingError
@@ -26,9 +26,11 @@ from loraloop.lora.config import LoraTrainerConfig, TrainOptions
 from loraloop.lora.model import LoraModelId, TrainedModel
 from loraloop.lora.registry import LoraModelRegistry
 from loraloop.lora.runs import Run, RunStore
-from loraloop.plugins import EpisodeStore, LearnModel
+from loraloop.plugins import LearnModel
 from loraloop.settings import ScenarioSettings, Settings
+from loraloop.store.sql import SqlEpisodeStore
 from loraloop.training_data import Method
+from loraloop.trigger import Facts, TriggerState, decide
 
 MAX_DETAILS = 5
 """How many refusals a cycle tells in words."""
@@ -45,8 +47,8 @@ class OpenProject(Protocol):
         ...
 
     @property
-    def store(self) -> EpisodeStore:
-        """Its episodes."""
+    def store(self) -> SqlEpisodeStore:
+        """Its episodes, and what must not be forgotten."""
         ...
 
     @property
@@ -101,7 +103,7 @@ class Proof(Protocol):
 class Serving(Protocol):
     """Who serves the promoted model, and hears how it does."""
 
-    def apply(self, scenario: ScenarioSettings, model: str) -> None:
+    def apply(self, scenario: ScenarioSettings, state: LoopState) -> None:
         """As `Stages.apply`."""
         ...
 
@@ -109,8 +111,12 @@ class Serving(Protocol):
         """As `Stages.observe`."""
         ...
 
-    def roll_back(self, scenario: ScenarioSettings, to: str | None, reason: str) -> None:
+    def roll_back(self, scenario: ScenarioSettings, state: LoopState, reason: str) -> None:
         """As `Stages.roll_back`."""
+        ...
+
+    def list_scores(self, scenario: ScenarioSettings, state: LoopState) -> list[float]:
+        """The scores, 0 to 1, that the live model got where it is used since it was applied."""
         ...
 
 
@@ -126,17 +132,23 @@ class NoProof:
 class NoServing:
     """Nothing serves this project."""
 
-    def apply(self, scenario: ScenarioSettings, model: str) -> None:
+    def apply(self, scenario: ScenarioSettings, state: LoopState) -> None:
         """Raises ServingError."""
-        raise ServingError(f"nothing serves {scenario.alias!r}, so it cannot be switched to {model}; start `loraloop serve`")
+        raise ServingError(f"nothing serves {scenario.alias!r}, so it cannot be switched to {state.model}; start `loraloop serve`")
 
     def observe(self, scenario: ScenarioSettings, state: LoopState) -> Observed:
         """There is nothing to hear."""
         return Observed(is_worse=False, is_decided=True, reason=f"nothing serves {scenario.alias}, so nothing is heard of {state.live}")
 
-    def roll_back(self, scenario: ScenarioSettings, to: str | None, reason: str) -> None:
+    def roll_back(self, scenario: ScenarioSettings, state: LoopState, reason: str) -> None:
         """Raises ServingError."""
-        raise ServingError(f"nothing serves {scenario.alias!r}, so it cannot be given back to {to or 'the base model'} ({reason})")
+        raise ServingError(
+            f"nothing serves {scenario.alias!r}, so it cannot be given back to {state.previous or 'the base model'} ({reason})"
+        )
+
+    def list_scores(self, scenario: ScenarioSettings, state: LoopState) -> list[float]:  # noqa: ARG002
+        """There are none."""
+        return []
 
 
 def find_files(source: Path) -> list[Path]:
@@ -198,12 +210,22 @@ class ProjectStages:
         except ImportFailed as error:
             return [refuse_file(path, error)]
 
-    def look(self, scenario: ScenarioSettings, state: LoopState) -> Look:
-        """By the number of episodes that are new since the last round."""
-        n_episodes = self._project.store.count(scenario.episode_filter)
-        n_new = n_episodes - min(state.n_episodes, n_episodes)
-        reason = f"{n_new} new episodes of {scenario.min_new_episodes}"
-        return Look(fire=n_new >= scenario.min_new_episodes, reasons=(reason,), n_episodes=n_episodes)
+    def look(self, scenario: ScenarioSettings, state: LoopState, now: int) -> Look:
+        """By the scenario's trigger."""
+        store, wanted = self._project.store, scenario.episode_filter
+        n_episodes = store.count(wanted)
+        oldest = store.list_meta(wanted.model_copy(update={"since": state.fired_at, "limit": 1}))
+        scores = self._serving.list_scores(scenario, state)
+        facts = Facts(
+            new_episodes=n_episodes - min(state.n_episodes, n_episodes),
+            oldest_new_at=oldest[0].metadata.created_at if oldest else None,
+            live_wins=sum(score >= 1 for score in scores),
+            live_episodes=len(scores),
+            promoted_rate=state.verdict.score if state.verdict and state.live == state.verdict.model else None,
+            request=find_request(store.ledger, scenario.alias),
+        )
+        found = decide(scenario.trigger, state.trigger or TriggerState(since=now), facts, now)
+        return Look(fire=found.fire, reasons=found.reasons, n_episodes=n_episodes, next_look_at=found.next_look_at, trigger=found.state)
 
     def build(self, scenario: ScenarioSettings) -> str:
         """The dataset's id is the hash of what is in it, so that building again gives the same."""
@@ -246,17 +268,17 @@ class ProjectStages:
         """By what was given as proof."""
         return self._proof.evaluate(scenario, model, live)
 
-    def apply(self, scenario: ScenarioSettings, model: str) -> None:
+    def apply(self, scenario: ScenarioSettings, state: LoopState) -> None:
         """By what was given as serving."""
-        self._serving.apply(scenario, model)
+        self._serving.apply(scenario, state)
 
     def observe(self, scenario: ScenarioSettings, state: LoopState) -> Observed:
         """By what was given as serving."""
         return self._serving.observe(scenario, state)
 
-    def roll_back(self, scenario: ScenarioSettings, to: str | None, reason: str) -> None:
+    def roll_back(self, scenario: ScenarioSettings, state: LoopState, reason: str) -> None:
         """By what was given as serving."""
-        self._serving.roll_back(scenario, to, reason)
+        self._serving.roll_back(scenario, state, reason)
 
     def stop(self) -> None:
         """Trainings save a checkpoint and end; anything else is short, or can be done again."""

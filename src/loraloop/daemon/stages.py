@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from typing import Literal, Protocol
 
-from pydantic import Field, JsonValue
+from pydantic import Field
 
 from loraloop.daemon.state import LoopState
 from loraloop.episode import Frozen
 from loraloop.settings import ScenarioSettings
+from loraloop.trigger import TriggerState
 
 Decision = Literal["promote", "hold", "reject"]
 
@@ -42,8 +43,8 @@ class Look(Frozen):
     """How many episodes of the scenario there are."""
     next_look_at: int | None = None
     """When time alone may change the answer, in Unix milliseconds."""
-    trigger: dict[str, JsonValue] = Field(default_factory=dict)
-    """What the trigger must remember of having fired."""
+    trigger: TriggerState
+    """What the trigger must remember of this look."""
 
 
 class Judged(Frozen):
@@ -53,6 +54,8 @@ class Judged(Frozen):
     reason: str
     evaluation: str | None = None
     """The id of the evaluation that it rests on."""
+    score: float | None = None
+    """The candidate's mean of what it was judged by."""
 
 
 class Observed(Frozen):
@@ -71,8 +74,8 @@ class Stages(Protocol):
         """Take in what is new in the scenario's sources."""
         ...
 
-    def look(self, scenario: ScenarioSettings, state: LoopState) -> Look:
-        """Whether it is time for a new round. Changes nothing."""
+    def look(self, scenario: ScenarioSettings, state: LoopState, now: int) -> Look:
+        """Whether it is time for a new round at `now`, in Unix milliseconds. Changes nothing."""
         ...
 
     def build(self, scenario: ScenarioSettings) -> str:
@@ -91,16 +94,16 @@ class Stages(Protocol):
         """Measure `model` against `live` (None: the base model), judge it, and record that; once judged, the same again."""
         ...
 
-    def apply(self, scenario: ScenarioSettings, model: str) -> None:
-        """Have the alias answered by `model`; nothing when it is."""
+    def apply(self, scenario: ScenarioSettings, state: LoopState) -> None:
+        """Have the alias answered by `state.model` in the place of `state.live`; nothing when it is."""
         ...
 
     def observe(self, scenario: ScenarioSettings, state: LoopState) -> Observed:
         """What is known of the live model since it was applied."""
         ...
 
-    def roll_back(self, scenario: ScenarioSettings, to: str | None, reason: str) -> None:
-        """Have the alias answered by `to` (None: the base model) again; nothing when it is."""
+    def roll_back(self, scenario: ScenarioSettings, state: LoopState, reason: str) -> None:
+        """Have the alias answered by `state.previous` (None: the base model) again, in the place of `state.live`; nothing when it is."""
         ...
 
     def stop(self) -> None:

@@ -13,11 +13,13 @@ from pydantic import Field, JsonValue, ValidationError
 
 from loraloop.episode import Frozen, now_ms
 from loraloop.errors import StoreError
+from loraloop.ids import SortableId
 from loraloop.store.ledger import Event, Ledger, Note
+from loraloop.trigger import TriggerState
 
-MOVED, FAILED, PAUSED, RESUMED = "loop.moved", "loop.failed", "loop.paused", "loop.resumed"
+MOVED, FAILED, PAUSED, RESUMED, REQUESTED = "loop.moved", "loop.failed", "loop.paused", "loop.resumed", "loop.requested"
 """The kinds of the loop's events; their subject is the alias."""
-PAUSE_NOTE = "loop-paused"
+PAUSE_NOTE, REQUEST_NOTE = "loop-paused", "loop-requested"
 EVERY_ALIAS = "*"
 
 
@@ -71,6 +73,8 @@ class LoopVerdict(Frozen):
     """promote, hold or reject."""
     reason: str
     evaluation: str | None = None
+    score: float | None = None
+    """The mean of what it was judged by."""
     at: int = Field(default_factory=now_ms)
 
 
@@ -91,11 +95,13 @@ class LoopState(Frozen):
     applied_at: int | None = None
     """When, in Unix milliseconds."""
     verdict: LoopVerdict | None = None
-    n_episodes: int = 0
+    n_fired: int = 0
     """How many episodes of the scenario there were when the trigger fired last."""
+    n_episodes: int = 0
+    """How many of them are not new any more: a round that was given up leaves its own as new as they were."""
     fired_at: int | None = None
     """When it fired last, in Unix milliseconds."""
-    trigger: dict[str, JsonValue] = Field(default_factory=dict)
+    trigger: TriggerState | None = None
     """What the trigger must not forget."""
     attempts: int = 0
     """How often the stage has failed since it was entered."""
@@ -128,6 +134,10 @@ class LoopNote:
         """Keep `state` and say what went wrong. Raises NoteChanged when another has moved it meanwhile."""
         self._write(state, Event(kind=FAILED, subject=self.alias, data={"stage": self.state.stage, **_made_from(state), **data}))
 
+    def keep(self, state: LoopState) -> None:
+        """Keep `state`, of which nobody needs to hear. Raises NoteChanged when another has moved it meanwhile."""
+        self._write(state)
+
     def find_run(self, dataset: str) -> tuple[str, bool] | None:
         """The run that this alias has begun for `dataset` last, and whether it was trained to its end; None when there is none."""
         found: tuple[str, bool] | None = None
@@ -141,9 +151,9 @@ class LoopNote:
                 found = (run, True)
         return found
 
-    def _write(self, state: LoopState, event: Event) -> None:
+    def _write(self, state: LoopState, *events: Event) -> None:
         note = self._note.model_copy(update={"data": state.model_dump(mode="json")})
-        self._note, self.state = self.ledger.write(note, event), state
+        self._note, self.state = self.ledger.write(note, *events), state
 
 
 def read_state(ledger: Ledger, alias: str) -> LoopState:
@@ -170,6 +180,18 @@ def paused_since(ledger: Ledger, alias: str) -> int | None:
     """When the loop of `alias` was paused, in Unix milliseconds; None when it is not."""
     found = [at for name, at in ledger.read(PAUSE_NOTE).data.items() if name in (alias, EVERY_ALIAS) and isinstance(at, int)]
     return min(found, default=None)
+
+
+def request(ledger: Ledger, alias: str = EVERY_ALIAS) -> None:
+    """Ask for a round of `alias`, or of every loop, as soon as none is under way, whatever the trigger waits for."""
+    note = ledger.read(REQUEST_NOTE)
+    asked = SortableId.new()
+    ledger.write(note.model_copy(update={"data": {**note.data, alias: str(asked)}}), Event(kind=REQUESTED, subject=alias))
+
+
+def find_request(ledger: Ledger, alias: str) -> str:
+    """The newest request of a round of `alias`; empty when there is none."""
+    return max((str(asked) for name, asked in ledger.read(REQUEST_NOTE).data.items() if name in (alias, EVERY_ALIAS)), default="")
 
 
 def iter_moves(ledger: Ledger, alias: str, *, after: int = 0) -> Iterator[Event]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from loraloop.daemon.project_stages import find_files
 from loraloop.daemon.stages import Stages
 from loraloop.daemon.state import LoopFailure, LoopVerdict, Stage, paused_since, read_state
-from loraloop.episode import Frozen
+from loraloop.episode import Frozen, now_ms
 from loraloop.errors import LoraLoopError
 from loraloop.lora.runs import Run, RunStatus
 from loraloop.settings import ScenarioSettings
@@ -48,7 +48,7 @@ def status_of(ledger: Ledger, scenario: ScenarioSettings, stages: Stages, direct
     """Where the loop of `scenario` stands. Raises StoreError when its note cannot be read."""
     state = read_state(ledger, scenario.alias)
     try:
-        look = stages.look(scenario, state)
+        look = stages.look(scenario, state, now_ms())
         fires, reasons, next_look_at = look.fire, look.reasons, look.next_look_at
         new: int | None = max(0, look.n_episodes - state.n_episodes)
     except LoraLoopError as error:
