@@ -233,6 +233,15 @@ def test_what_comes_after_the_end_is_another_part(client, store):
     ]
 
 
+def test_an_episode_that_another_process_has_closed_goes_on_as_another_part(client, store):
+    named = {"extra_headers": {"X-Loraloop-Episode": "mine"}}
+    ask(client, list(OPENING), streams=False, **named)
+    (episode,) = stored(store, 1)
+    store.append(episode.model_copy(update={"is_open": False}))
+    ask(client, list(OPENING), streams=False, **named)
+    assert [(each.id, len(each.records)) for each in stored(store, 2)] == [("mine", 1), ("mine.2", 1)]
+
+
 def test_an_episode_that_nothing_comes_for_is_over(tmp_path, store):
     with recording(tmp_path, store, idle_seconds=0.3) as recorder, routed(recorder) as client:
         ask(client, list(OPENING), streams=False)

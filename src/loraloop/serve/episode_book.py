@@ -26,6 +26,7 @@ from loraloop.episode import (
     longest_call,
     now_ms,
 )
+from loraloop.errors import StoreError
 from loraloop.files import append_jsonl, write_json
 from loraloop.plugins import EpisodeStore
 from loraloop.serve.call_record import to_records
@@ -132,7 +133,11 @@ class EpisodeBook:
 
     def _save(self, changed: Mapping[str, Episode], gone: Iterable[str] = ()) -> None:
         if changed:
-            self._store.append_many(list(changed.values()))
+            try:
+                self._store.append_many(list(changed.values()))
+            except StoreError:
+                self._cached.clear()  # another process may have closed one of them: the next try sees that
+                raise
         for part, episode in changed.items():
             self._cached[part] = episode
             self._cached.move_to_end(part)
