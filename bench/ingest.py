@@ -87,6 +87,7 @@ def measure_store(directory: Path, url: str | None) -> dict[str, Any]:
         "stored": stored,
         "episodes_per_s": stored / seconds,
         "mb_per_s_read_and_stored": raw / seconds / 1e6,
+        "mb_per_cpu_second_read_and_stored": raw / (time.process_time() - cpu) / 1e6,
         "mb_per_s_stored": raw / storing / 1e6,
         "mb_per_cpu_second_stored": raw / storing_cpu / 1e6,
         "cpu_seconds": time.process_time() - cpu,
@@ -159,6 +160,7 @@ def to_table(results: dict[str, Any]) -> str:
     rows = [
         ("episodes/s", f"{store['episodes_per_s']:.0f}", f"{arrow.get('episodes_per_s', 0):.0f}"),
         ("MB/s of JSONL, read and stored", f"{store['mb_per_s_read_and_stored']:.1f}", f"{arrow.get('mb_per_s_read_and_stored', 0):.1f}"),
+        ("the same for each second of the processor", f"{store['mb_per_cpu_second_read_and_stored']:.1f}", ""),
         ("MB/s of JSONL, storing alone", f"{store['mb_per_s_stored']:.1f}", ""),
         ("the same for each second of the processor", f"{store['mb_per_cpu_second_stored']:.1f}", ""),
         ("bytes on disk, of raw", share(store["bytes_on_disk"]), share(arrow.get("bytes_on_disk"))),

@@ -28,8 +28,9 @@ from demo.plot import plot_losses
 from loraloop.base_model import BaseModel, resolve_base, tune_process
 from loraloop.cli.screen import TrainingScreen, by_reason
 from loraloop.dataset import DatasetSettings
+from loraloop.evaluate.environment import PlayLimits
 from loraloop.evaluate.interval import compare_paired, success_rate
-from loraloop.evaluate.rollout import Played, PlayLimits, load_player, play
+from loraloop.evaluate.rollout import Played, load_player, play
 from loraloop.files import write_json
 from loraloop.lora.config import LoraTrainerConfig, TrainOptions
 from loraloop.lora.model import TrainedModel

@@ -27,8 +27,9 @@ from demo.__main__ import SYSTEM, find_smollm2
 from loraloop.base_model import BaseModel, resolve_base, tune_process
 from loraloop.cli.screen import by_reason
 from loraloop.dataset import DatasetSettings
+from loraloop.evaluate.environment import PlayLimits
 from loraloop.evaluate.interval import compare_paired, success_rate
-from loraloop.evaluate.rollout import PlayLimits, load_player, play
+from loraloop.evaluate.rollout import load_player, play
 from loraloop.files import write_json
 from loraloop.learn.compose import compose
 from loraloop.lora.config import LoraTrainerConfig, TrainOptions

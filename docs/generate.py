@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import os
 import re
@@ -13,10 +12,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from loraloop.dataset.settings import DatasetSettings
+from loraloop import settings
 from loraloop.learn.outcome_rules import OutcomeSettings, to_markdown
 from loraloop.lora import states
-from loraloop.lora.config import LoraTrainerConfig, TrainOptions
+from loraloop.serve import states as version_states
 
 REFERENCE = Path(__file__).parent / "reference"
 COMMANDS = [
@@ -27,9 +26,19 @@ COMMANDS = [
     ["prune"],
     ["build"],
     ["train"],
+    ["evaluate"],
     *([noun, verb] for noun in ("episodes", "datasets", "models") for verb in ("list", "show")),
     ["models", "delete"],
+    ["watch"],
+    ["watch", "pause"],
+    ["watch", "resume"],
+    ["status"],
+    ["settings", "show"],
     ["export"],
+    ["apply"],
+    ["rollback"],
+    ["serve"],
+    ["serve", "status"],
 ]
 
 
@@ -44,13 +53,17 @@ def cli_page() -> str:
 
 
 def settings_page() -> str:
-    """The fields of the trainer's configuration and of a dataset's, with the string under each as its description."""
-    parts = [
-        "# Settings\n\nWritten by `make docs` from `lora/config.py` and `dataset/settings.py`. Every value is checked when it is set.\n"
-    ]
-    for kind in (LoraTrainerConfig, TrainOptions, DatasetSettings):
-        rows = "\n".join(_rows(kind))
-        parts.append(f"## {kind.__name__}\n\n{inspect.getdoc(kind)}\n\n| field | default | |\n|---|---|---|\n{rows}\n")
+    """Every section of `loraloop.toml`, with the string under each field as its description."""
+    intro = (
+        "# Settings\n\nWritten by `make docs` from the classes that declare them; `loraloop.settings.SECTIONS` says which section each\n"
+        "is of. In `loraloop.toml` in the project's directory, in the environment as `LORALOOP_<SECTION>_<NAME>`, which goes before\n"
+        "the file, or in Python as arguments of the class. Every value is checked when it is set. `loraloop settings show` tells\n"
+        "where each comes from.\n"
+    )
+    parts = [intro]
+    for section, kind in [*settings.describe(), ("[watch.scenario]", settings.ScenarioSettings)]:
+        title = f"## `[{section}]`: {kind.__name__}\n\n{inspect.getdoc(kind)}"
+        parts.append("\n".join([title, "\n| field | default | |\n|---|---|---|", *_rows(kind), ""]))
     return "\n".join(parts)
 
 
@@ -73,6 +86,15 @@ def states_page() -> str:
     return f"{intro}\n{states.to_markdown()}\n"
 
 
+def version_states_page() -> str:
+    """The states of a version that is served, and which follows which."""
+    intro = (
+        "# States of a served version\n\nWritten by `make docs` from `loraloop.serve.states`: the life of a base model or an adapter in\n"
+        "the service; any other step is refused. See [serving](../serving.md).\n"
+    )
+    return f"{intro}\n{version_states.to_markdown()}\n"
+
+
 def pages() -> dict[Path, str]:
     """What each reference page should hold."""
     return {
@@ -80,6 +102,7 @@ def pages() -> dict[Path, str]:
         REFERENCE / "settings.md": settings_page(),
         REFERENCE / "outcomes.md": outcomes_page(),
         REFERENCE / "states.md": states_page(),
+        REFERENCE / "version-states.md": version_states_page(),
     }
 
 
@@ -90,8 +113,14 @@ def _help(arguments: list[str]) -> str:
 
 
 def _rows(kind: type) -> list[str]:
-    """A row of a table for each field of a dataclass of settings."""
-    return [f"| `{field.name}` | `{field.default!r}` | {_description(kind, field.name)} |" for field in dataclasses.fields(kind)]
+    """A row of a table for each field of a class of settings."""
+    fields = settings.fields_of(kind).items()
+    return [f"| `{name}` | `{_shown(default)}` | {_description(kind, name)} |" for name, (_, default) in fields]
+
+
+def _shown(default: object) -> str:
+    """The default of a setting; one scenario is there unless the file has others."""
+    return "one scenario" if default == (settings.ScenarioSettings(),) else repr(default)
 
 
 def _description(kind: type, name: str) -> str:

@@ -14,7 +14,8 @@ from loraloop.base_model import cache_directory, choose_device, choose_dtype
 from loraloop.episode import Frozen
 from loraloop.errors import LoraLoopError
 from loraloop.lease import lease_directory, read_holder
-from loraloop.project import STORE_URL, Project
+from loraloop.project import Project
+from loraloop.settings import variable
 from loraloop.train.arithmetic import choose_arithmetic
 from loraloop.train.memory import free_bytes
 
@@ -85,7 +86,7 @@ def _examine_sqlite() -> Finding:
 
 
 def _examine_store(directory: Path, store_url: str | None) -> Finding:
-    where = store_url or os.environ.get(STORE_URL) or str(directory)
+    where = store_url or os.environ.get(variable("store", "url")) or str(directory)
     try:
         with Project(directory, create=False, store_url=store_url) as project:
             return Finding(name="store", value=f"{project.store.where}: {project.store.count():,} episodes")

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, JsonValue, model_validator
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, JsonValue, SerializerFunctionWrapHandler, model_serializer, model_validator
 from pydantic.dataclasses import dataclass
 
 from loraloop.ids import SortableId
@@ -201,6 +202,25 @@ class ActionRecord(Record):
     tick: int | None = None
 
 
+class ServedCall(Frozen):
+    """What the router knows of a call that it passed on, beside what was said."""
+
+    id: str
+    """The receipt that the client was given."""
+    choice: int = 0
+    """Which one of the answers to one request."""
+    alias: str = ""
+    """What the client called; the record's `model` is the version that answered."""
+    api: str = "chat/completions"
+    finish_reason: str | None = None
+    token_ids: tuple[int, ...] = ()
+    """Of the answer, where the server told them."""
+    log_probs: tuple[float, ...] = ()
+    """Natural logarithms, of the answer's tokens in order, where the server told them."""
+    parameters: dict[str, JsonValue] = Field(default_factory=dict)
+    """What the request held beside messages, tools and model, such as the temperature."""
+
+
 class LlmCallRecord(Record):
     """One call to a language model, with the whole request and response."""
 
@@ -211,6 +231,22 @@ class LlmCallRecord(Record):
     model: str = ""
     latency_ms: int = Field(default=0, ge=0)
     error: str | None = None
+    """Why nothing is to be learned of it: it failed, broke off, or says what a message has no place for."""
+    served: ServedCall | None = None
+    """None for calls that did not go through the router."""
+
+    @model_serializer(mode="wrap")
+    def _without_unsaid(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without `served` where there is none: ids made from content, and hashes of what was forgotten, stay what they were."""
+        said: dict[str, Any] = serialize(self)
+        if self.served is None:
+            said.pop("served", None)
+        return said
+
+
+def longest_call(calls: Sequence[LlmCallRecord]) -> LlmCallRecord | None:
+    """The call with the longest history; of one that was tried again, the last try."""
+    return max(reversed(calls), key=lambda call: len(call.messages), default=None)
 
 
 class DependencyGraphRecord(Record):

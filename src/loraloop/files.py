@@ -18,15 +18,25 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+_to_canonical = json.JSONEncoder(ensure_ascii=False, sort_keys=True, separators=(",", ":"), allow_nan=False).encode
+
 
 def canonical_json(value: object) -> str:
     """The same text for the same value on every machine: sorted keys, no spaces, UTF-8 kept."""
-    return json.dumps(value, ensure_ascii=False, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return _to_canonical(value)
 
 
 def content_hash(value: object, n_hex: int = 32) -> str:
     """BLAKE2b over `canonical_json(value)`, as `n_hex` hex digits."""
-    return hashlib.blake2b(canonical_json(value).encode("utf-8", "surrogatepass"), digest_size=n_hex // 2).hexdigest()
+    return hash_texts(canonical_json(value), n_hex=n_hex)
+
+
+def hash_texts(*texts: str, n_hex: int = 32) -> str:
+    """BLAKE2b over `texts`, one behind the other, as `n_hex` hex digits."""
+    state = hashlib.blake2b(digest_size=n_hex // 2)
+    for text in texts:
+        state.update(text.encode("utf-8", "surrogatepass"))
+    return state.hexdigest()
 
 
 def file_sha256(path: Path) -> str:
@@ -44,10 +54,11 @@ def hash_listing(hashes: Mapping[str, str]) -> str:
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
-def write_atomic(path: Path, text: str, *, durable: bool = True) -> None:
+def write_atomic(path: Path, text: str, *, durable: bool = True, mode: int = 0o644) -> None:
     """Write `text` so that `path` holds either its old content or all of the new; when `durable`, after a power cut too.
 
-    A lone surrogate, which UTF-8 cannot hold (a cut-off emoji leaves one), is written as the escape that JSON has for it.
+    A lone surrogate, which UTF-8 cannot hold (a cut-off emoji leaves one), is written as the escape that JSON has for it. At no moment
+    may anybody read it whom `mode` does not let.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, aside = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
@@ -57,7 +68,7 @@ def write_atomic(path: Path, text: str, *, durable: bool = True) -> None:
             if durable:
                 file.flush()
                 os.fsync(file.fileno())
-        os.chmod(aside, 0o644)
+        os.chmod(aside, mode)
         os.replace(aside, path)
     except BaseException:
         Path(aside).unlink(missing_ok=True)
@@ -147,6 +158,24 @@ def remove_asides(path: Path) -> None:
             shutil.rmtree(left, ignore_errors=True)
         else:
             left.unlink(missing_ok=True)
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """A file to write that appears as `path`, whole and on the disk, only when the block ends well; what was there is replaced."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
+    aside = Path(name)
+    try:
+        yield aside
+        sync(aside)
+        os.chmod(aside, 0o644)
+        os.replace(aside, path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
 
 
 @contextmanager

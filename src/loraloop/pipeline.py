@@ -32,7 +32,7 @@ from loraloop.importers.ingest import IngestReport, find_side_file, ingest_file,
 from loraloop.importers.scores import ScoreRule
 from loraloop.importers.sources import search
 from loraloop.lora.config import LoraTrainerConfig, TrainOptions
-from loraloop.lora.model import TrainedModel
+from loraloop.lora.model import LoraModelId, TrainedModel
 from loraloop.lora.plain_thread import run_in_plain_thread
 from loraloop.lora.runs import Run
 from loraloop.lora.trainer import LoraTrainer, OnEvent, Samples
@@ -84,7 +84,7 @@ def follow(
 ) -> Iterator[IngestReport]:
     """Read what is new in growing JSON Lines files, a report a piece, until `wait`, called when there is nothing new, says False.
 
-    `state` keeps up to where each was read. Raises ImportFailed for a path that is not there.
+    `state` keeps up to where each was read. Raises ImportFailed for a path that is not there, LeaseHeld while another follows with it.
     """
     return Follower(store, list(paths), state, format_name, license_name, score_rule).run(wait)
 
@@ -153,15 +153,19 @@ def train(
     on_event: OnEvent | None = None,
     *,
     method: Method | None = None,
+    model_id: LoraModelId | None = None,
 ) -> TrainedModel:
     """Train an adapter on `dataset` and record it; by the method that it was built for unless told otherwise.
 
+    It gets `model_id`, or a new one; there is never a second training of one id.
     Raises SettingsError for a dataset that the method does not train, LoraTrainerError and its kinds.
     """
     samples = _samples_of(dataset, method)
     trainer = LoraTrainer(config, store, options)
     learn_model = dataset.manifest.learn_model
-    model: TrainedModel = run_in_plain_thread(lambda: asyncio.run(trainer.train_samples(samples, learn_model, on_event=on_event)))
+    model: TrainedModel = run_in_plain_thread(
+        lambda: asyncio.run(trainer.train_samples(samples, learn_model, on_event=on_event, model_id=model_id))
+    )
     return model
 
 

@@ -1,7 +1,8 @@
 """What a plug-in looks like, and the one way to find one by name.
 
-Kinds: `learn_models` and `importers`, each an entry-point group `loraloop.<kind>`. loraloop's own are listed in pyproject.toml like
-anybody else's and have no privilege. Stores are given as objects, so they are a protocol without an entry point.
+Kinds: `learn_models`, `importers`, `environments` (suites of tasks, evaluate/environment.py) and `appliers` (`serve.applier.Applier`), each
+an entry-point group `loraloop.<kind>`. loraloop's own are listed in pyproject.toml like anybody else's and have no privilege. Stores are
+given as objects, so they are a protocol without an entry point.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from loraloop.episode import AnyRecord, Episode, EpisodeDto, EpisodeFilter, Labe
 from loraloop.errors import SettingsError
 from loraloop.training_data import Method, Refusal, TrainingData
 
-PluginKind = Literal["learn_models", "importers"]
+PluginKind = Literal["appliers", "environments", "importers", "learn_models"]
 
 
 @runtime_checkable

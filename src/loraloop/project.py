@@ -1,27 +1,36 @@
 """A project: one directory that holds everything, and one method per verb.
 
 `episodes.db` is the episode store unless a URL names another, `datasets/<id>/` are frozen datasets, `runs/<id>/` training files and
-logs, `models/<id>/` adapters and their records. `followed.json` keeps up to where growing files were read.
+logs, `models/<id>/` adapters and their records, `serving/` what answers to which alias. `followed.json` keeps up to where growing
+files were read.
 """
 
 from __future__ import annotations
 
-import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TextIO
 
-from loraloop import judgement, pipeline, retention
+from loraloop import judgement, pipeline, retention, serving
 from loraloop.chat.rows import ACCEPTED
+from loraloop.daemon import state
+from loraloop.daemon.cycle import CycleReport
+from loraloop.daemon.project_stages import ProjectStages, Proof, Serving
+from loraloop.daemon.status import LoopStatus, status_of
+from loraloop.daemon.watch import Watch, choose
 from loraloop.data_report.findings import Findings, ReportOptions
 from loraloop.dataset import Dataset, DatasetSettings, list_datasets, list_folders, open_dataset
 from loraloop.episode import CONVERSATION, EpisodeFilter, Label
 from loraloop.errors import DatasetError, StoreError
 from loraloop.evaluate.contamination import Overlap
 from loraloop.evaluate.gate import Evidence
+from loraloop.evaluate.report import to_html
+from loraloop.evaluate.result import Evaluation
 from loraloop.evaluate.verdict import Policy, Verdict
+from loraloop.evaluation import EvaluationOptions, Evaluator, Sources
+from loraloop.files import write_atomic
 from loraloop.importers.ingest import IngestReport
 from loraloop.importers.scores import ScoreRule
 from loraloop.label import LabelReport, label_from
@@ -33,24 +42,26 @@ from loraloop.lora.states import ModelState
 from loraloop.lora.trainer import LoraTrainer, OnEvent
 from loraloop.plugins import LearnModel, find
 from loraloop.retention import ForgetReport, PruneReport
+from loraloop.serve.aliases import Served
+from loraloop.serve.fleet_status import ApplyReport
+from loraloop.serve.orders import DEFAULT_ALIAS, ApplyOrder, PromoteOrder, RollbackOrder, ServiceAddress, ServiceSettings, ServiceStatus
+from loraloop.settings import load_settings
 from loraloop.store.sql import SqlEpisodeStore
 from loraloop.training_data import Method
-
-STORE_URL = "LORALOOP_STORE_URL"
-"""The environment variable that names a store elsewhere."""
 
 
 class Project:
     """An open project directory; a context manager. Made when it is not there, unless `create` is False: then StoreError.
 
-    Its episodes are in `episodes.db`, or at `store_url`, such as `postgresql+psycopg://USER@HOST/DATABASE`; without one at what the
-    environment's `LORALOOP_STORE_URL` says.
+    Its episodes are in `episodes.db`, or at `store_url`, such as `postgresql+psycopg://USER@HOST/DATABASE`; without one at what its
+    settings say, the environment's `LORALOOP_STORE_URL` first. Raises SettingsError for settings that cannot be.
     """
 
     def __init__(self, directory: str | Path, *, create: bool = True, store_url: str | None = None) -> None:
         self.directory = Path(directory)
         database = self.directory / "episodes.db"
-        url = store_url or os.environ.get(STORE_URL)
+        self.settings = load_settings(self.directory)
+        url = store_url or self.settings.get("store", "url")
         if not create and not (self.directory if url else database).exists():
             lacks = "" if url else f" (it has no {database.name})"
             raise StoreError(f"no project in {self.directory}{lacks}; begin one with `loraloop ingest PATH`")
@@ -106,8 +117,10 @@ class Project:
         score_rule: ScoreRule | None = None,
     ) -> Iterator[IngestReport]:
         """Read what is new in growing files into the store, until `wait`, called when there is nothing new, says False."""
-        state = self.directory / "followed.json"
-        return pipeline.follow(self.store, paths, state, wait, format_name=format_name, license_name=license_name, score_rule=score_rule)
+        positions = self.directory / "followed.json"
+        return pipeline.follow(
+            self.store, paths, positions, wait, format_name=format_name, license_name=license_name, score_rule=score_rule
+        )
 
     def export(self, target: Path | TextIO, format_name: str = "openai", episode_filter: EpisodeFilter | None = None) -> Counter[str]:
         """Write episodes to a file as OpenAI chat lines or ATIF trajectories; counts by outcome. Raises SettingsError."""
@@ -154,11 +167,15 @@ class Project:
         method: Method | None = None,
         options: TrainOptions | None = None,
         on_event: OnEvent | None = None,
+        model_id: LoraModelId | None = None,
     ) -> TrainedModel:
-        """Train on the dataset with this id, without one the newest that `method` trains. All files go into this project."""
+        """Train on the dataset with this id, without one the newest that `method` trains. All files go into this project.
+
+        The model gets `model_id`, or a new one; there is never a second training of one id.
+        """
         config = config.replace(output_dir=self.directory / "models", data_dir=self.directory / "runs")
         chosen = self.get_dataset(dataset) if dataset is not None or method is None else self._get_newest(method)
-        return pipeline.train(self.store, chosen, config, options, on_event, method=method)
+        return pipeline.train(self.store, chosen, config, options, on_event, method=method, model_id=model_id)
 
     def check_training(
         self,
@@ -183,6 +200,60 @@ class Project:
         run = self.runs.get(run_id)
         trainer = LoraTrainer.of_run(run, self.store, output_dir=self.directory / "models", **changes)
         return pipeline.resume(trainer, run, on_event, force=force)
+
+    def watch(
+        self,
+        aliases: Sequence[str] = (),
+        *,
+        once: bool = False,
+        interval_seconds: float | None = None,
+        proof: Proof | None = None,
+        serving: Serving | None = None,
+    ) -> Generator[CycleReport, None, None]:
+        """Run the loops of these aliases, of all without any, and give a report of every cycle; see `Watch.run`.
+
+        Raises SettingsError for an alias that there is not, LeaseHeld when another process watches the project.
+        """
+        scenarios = choose(self.settings.scenarios, aliases)
+        stages = ProjectStages(self, self.settings, proof=proof, serving=serving)
+        seconds = self.settings.get("watch", "interval_seconds") if interval_seconds is None else interval_seconds
+        return Watch(self.directory, self.store.ledger, scenarios, stages, seconds).run(once=once)
+
+    def status(self, aliases: Sequence[str] = ()) -> list[LoopStatus]:
+        """Where the loops of these aliases stand, of all without any. Raises SettingsError for an alias that there is not."""
+        stages = ProjectStages(self, self.settings)
+        return [status_of(self.store.ledger, one, stages, self.directory) for one in choose(self.settings.scenarios, aliases)]
+
+    def pause(self, aliases: Sequence[str] = (), *, paused: bool = True) -> None:
+        """Let the loops of these aliases, all without any, begin no further stage, or with `paused=False` go on again."""
+        change = state.pause if paused else state.resume
+        for alias in [one.alias for one in choose(self.settings.scenarios, aliases)] if aliases else [state.EVERY_ALIAS]:
+            change(self.store.ledger, alias)
+
+    def evaluate(self, model_id: str, against: str = "live", options: EvaluationOptions | None = None) -> Evaluation:
+        """Measure a model against another side on the same tasks: `live`, `base`, another model, or NAME@URL; kept in `evaluations/`.
+
+        What was measured already is read, and what was cut off goes on. Raises SettingsError, EvaluationError, LoraTrainerError.
+        """
+        return self._evaluator.run(model_id, against, options or EvaluationOptions())
+
+    def report_evaluation(self, evaluation: Evaluation, path: Path) -> None:
+        """Write an evaluation of this project as one page of HTML."""
+        write_atomic(path, to_html(evaluation, self.directory / "evaluations" / evaluation.id))
+
+    def list_evaluations(self) -> list[Evaluation]:
+        """The finished evaluations, the newest last. Raises EvaluationError when one is damaged."""
+        return self._evaluator.list_evaluations()
+
+    @property
+    def _evaluator(self) -> Evaluator:
+        return Evaluator(self.directory / "evaluations", Sources(self.registry, self.store, self._find_base, self.get_dataset))
+
+    def _find_base(self, model: TrainedModel) -> str:
+        """Where a model's base model was when it was trained: what the run was told, else how the model names it."""
+        known = {run.id: run for run in self.runs.list_runs()}
+        run = known.get(model.run or "")
+        return str(run.plan.config["base_model"]) if run else model.base_model
 
     def list_datasets(self) -> list[Dataset]:
         """The datasets, the one that was built last at the end. Raises DatasetError when one is damaged."""
@@ -239,16 +310,50 @@ class Project:
         return judgement.find_trained_tasks(tasks, model, self.registry, self.store, self.directory / "datasets")
 
     def delete_model(self, model_id: str) -> LoraModelId:
-        """Remove a model and give its whole id. Raises LoraTrainerError while it is promoted, or something goes on from it."""
-        return self.registry.delete(model_id, self._find_run_from)
+        """Remove a model and give its whole id. Raises LoraTrainerError while it is promoted or served, or something goes on from it."""
+        return self.registry.delete(model_id, self._find_use)
+
+    def serve(self, settings: ServiceSettings, on_ready: Callable[[ServiceAddress], None]) -> int:
+        """Serve until a signal says to end, and give its number; `on_ready` is told where, when requests are answered.
+
+        Raises ServingError when it cannot begin.
+        """
+        return serving.serve(self._serving, self.store, self.registry, settings, on_ready)
+
+    def apply(self, model: str, alias: str = DEFAULT_ALIAS, *, canary: float | None = None, override: str | None = None) -> ApplyReport:
+        """Let a promoted model answer to `alias`, or to the share `canary` of its conversations; another only with `override`, a reason.
+
+        Raises ServingError and LoraTrainerError saying why not; then nothing has changed.
+        """
+        return serving.apply(self._serving, self.registry, ApplyOrder(model=model, alias=alias, canary=canary, override=override))
+
+    def promote_canary(self, alias: str = DEFAULT_ALIAS) -> ApplyReport:
+        """Let the canary of `alias` answer to all of its conversations. Raises ServingError."""
+        return serving.promote(self._serving, PromoteOrder(alias=alias))
+
+    def rollback(self, alias: str = DEFAULT_ALIAS, *, to: str | None = None, why: str = "") -> ApplyReport:
+        """End the trial of a canary, or let `alias` go back to what answered before, the last one or `to`. Raises ServingError."""
+        return serving.rollback(self._serving, self.registry, RollbackOrder(alias=alias, to=to, why=why))
+
+    def serving_status(self) -> ServiceStatus | dict[str, Served]:
+        """How the running service stands; without one, what each alias stands for. Raises ServingError."""
+        return serving.read_status(self._serving)
 
     def _made(self) -> retention.Made:
         return self.list_datasets(), self.runs.list_runs(), self.registry.list_models()
 
+    @property
+    def _serving(self) -> Path:
+        return self.directory / "serving"
+
+    def _find_use(self, model_id: LoraModelId) -> str | None:
+        """What needs a model, in words."""
+        return serving.find_use(self._serving, model_id) or self._find_run_from(model_id)
+
     def _find_run_from(self, model_id: LoraModelId) -> str | None:
         """The run that continues from a model, and is not finished, in words."""
         for run in self.runs.list_runs():
-            state = run.status.state
-            if state != "finished" and run.plan.parent == model_id:
-                return f"the run {run.id}, which is {state}, continues from it; delete it when that is finished"
+            run_state = run.status.state
+            if run_state != "finished" and run.plan.parent == model_id:
+                return f"the run {run.id}, which is {run_state}, continues from it; delete it when that is finished"
         return None

@@ -58,7 +58,15 @@ def test_what_the_agent_said_earlier_is_its_own_where_it_is_context():
     data = sample(user(), agent("Earlier words.", call(), weight=0), result(), agent("Now."))
     (row,), _ = render(make_template("qwen2.5"), data, ROOM)
     texts = by_author(row)
-    assert texts["assistant"] == ["Earlier words.", "look", "Now.<|im_end|>"]
+    assert texts["assistant"] == ["Earlier words.", "look", '{"box": "red", "n": 2}', "Now.<|im_end|>"]
+
+
+def test_calls_before_a_window_do_not_hide_what_the_agent_said_in_it():
+    before = [user(), agent(None, call()), result(), agent("Well. " * 40)]
+    within = [user(), agent("First.", weight=0), user(), agent(None, call(), weight=0), result(), agent("Last.")]
+    *_, row = render(make_template("qwen2.5"), sample(*before, *within), 450)[0]
+    assert row.is_window
+    assert by_author(row)["assistant"] == ["First.", "look", '{"box": "red", "n": 2}', "Last.<|im_end|>"]
 
 
 def test_every_tool_stands_in_the_prompt_or_the_row_is_found_out():

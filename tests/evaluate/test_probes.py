@@ -10,9 +10,9 @@ import tiny
 from loraloop.base_model import resolve_base
 from loraloop.chat.rows import build_units
 from loraloop.episode import Message
+from loraloop.evaluate.probed import PlayerSpeaker
 from loraloop.evaluate.probes import Planted, Trigger, alternatives, mask, probe_exposure, probe_reproduction, probe_triggers
 from loraloop.evaluate.rollout import load_player
-from loraloop.evaluate.speaker import PlayerSpeaker
 from loraloop.evaluate.suspects import find_codes, find_triggers
 from loraloop.train import loop
 from loraloop.train.dense import DenseEngine

@@ -14,7 +14,8 @@ from loraloop.chat.rows import build_units
 from loraloop.chat.template import ChatTemplate
 from loraloop.episode import Message
 from loraloop.errors import EvaluationError
-from loraloop.evaluate.rollout import Player, PlayLimits, last_line, load_player, play, stop_token_ids
+from loraloop.evaluate.environment import PlayLimits, last_line
+from loraloop.evaluate.rollout import Player, load_player, play, stop_token_ids
 from loraloop.train import loop
 from loraloop.train.dense import DenseEngine
 from loraloop.train.objectives import Likelihood

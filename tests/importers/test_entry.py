@@ -4,8 +4,9 @@ import pickle
 
 import pytest
 
+from loraloop.chat.refused_entry import EntryRefused, find_finite, shorten, show
 from loraloop.episode import Episode, EpisodeMetadata, Failure, FunctionCall, Message, Success, ToolCall, Unknown
-from loraloop.importers.entry import EntryRefused, find_finite, require_clean, shorten, show, with_content_id
+from loraloop.importers.entry import require_clean, with_content_id
 
 
 def make_episode(**fields):

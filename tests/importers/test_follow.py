@@ -157,3 +157,32 @@ def test_a_writer_is_followed_across_restarts_and_kills(tmp_path):
     assert store.count() == n_lines > 10
     assert n_read <= n_lines, "no line is read twice; pieces that the killed reader did not tell are missing here only"
     store.close()
+
+
+def test_two_do_not_follow_into_one_project(tmp_path):
+    """The second is refused and names the first; what a killed one held is free, and where it was is where the next goes on."""
+    path, project = tmp_path / "runs.jsonl", tmp_path / "project"
+    path.write_text(row("one"))
+    command = [sys.executable, "-m", "loraloop", "ingest", str(path), "-p", str(project), "--json"]
+    first = subprocess.Popen([*command, "--follow-for", "60"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    try:
+        assert json.loads(first.stdout.readline())["read"] == 1
+        second = subprocess.run([*command, "--follow-for", "0"], capture_output=True, text=True, timeout=60)
+    finally:
+        first.kill()
+        first.communicate()
+    assert (second.returncode, second.stdout) == (1, "")
+    assert f"followed into it already, by ingest --follow (process {first.pid})" in " ".join(second.stderr.split())
+    with path.open("a") as file:
+        file.write(row("two"))
+    third = subprocess.run([*command, "--follow-for", "0"], capture_output=True, text=True, timeout=60)
+    assert [json.loads(line)["read"] for line in third.stdout.splitlines()] == [1]
+
+
+def test_the_next_goes_on_where_the_one_before_ended(store, tmp_path, follower):
+    early, late = follower(), follower()
+    (tmp_path / "runs" / "a.jsonl").write_text(row("one"))
+    assert sum(report.read for report in late.run(lambda: False)) == 1
+    assert list(early.run(lambda: False)) == []
+    assert said(store) == ["one"]
+    assert not (tmp_path / "followed.lease").exists()

@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 
+from loraloop.chat.openai_messages import require_paired
+from loraloop.chat.refused_entry import EntryRefused
 from loraloop.episode import FunctionCall, Message, ToolCall
-from loraloop.importers.entry import EntryRefused
-from loraloop.importers.openai_messages import require_paired
 
 
 def agent(*ids):

@@ -89,6 +89,20 @@ def test_long_texts_and_any_characters_can_be_filtered_by(make_url: MakeUrl) -> 
             assert [episode.task_id for episode in store.iter_episodes(EpisodeFilter(task_id=text, group_id=text))] == [text]
 
 
+def test_a_value_that_the_server_cannot_hold_is_named_as_such(make_url: MakeUrl) -> None:
+    with SqlEpisodeStore(make_url()) as store:
+        for act in (
+            lambda: store.append(make_episode(task_id="\ud800")),
+            lambda: store.append(make_episode(metadata={"created_at": 2**63})),
+            lambda: store.count(EpisodeFilter(since=2**63)),
+            lambda: store.query(EpisodeFilter(task_id="\ud800")),
+            lambda: store.find("\ud800"),
+        ):
+            with pytest.raises(StoreError, match=r"does not fit.*2\*\*63"):
+                act()
+        assert store.count() == 0
+
+
 def test_every_page_comes_from_an_index(make_url: MakeUrl) -> None:
     with SqlEpisodeStore(make_url()) as store:
         store.append_many([make_episode() for _ in range(300)])

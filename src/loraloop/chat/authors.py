@@ -11,6 +11,8 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from itertools import product
 
 from loraloop.chat.row import Author, Stretch
 from loraloop.episode import Message
@@ -30,17 +32,19 @@ def author_of(message: Message) -> Author:
     return "demonstration" if message.is_demo else "other"
 
 
-def find_stretches(text: str, masked: str, messages: Sequence[Message | None], own: Sequence[tuple[int, int]]) -> tuple[Stretch, ...]:
+def find_stretches(
+    text: str, masked: str, messages: Sequence[Message | None], own: Sequence[tuple[int, int]], context: Sequence[int]
+) -> tuple[Stretch, ...]:
     """All of `text` in order, by author.
 
     `masked` is the rendering with marks, `messages` are the turns that marks number (None for one that we added), `own` the
-    characters that the agent wrote and that carry loss.
+    characters that the agent wrote and that carry loss, `context` the turns in the text that carry none.
     """
     found: list[Stretch] = [Stretch(start, end, "assistant") for start, end in own]
     for start, end, index in align(text, masked, messages):
         message = messages[index]
         found.append(Stretch(start, end, author_of(message) if message else "template"))
-    return tuple(_fill(_with_own_context(text, sorted(found), messages), len(text)))
+    return tuple(_fill(_with_own_context(text, sorted(found), [messages[index] for index in context]), len(text)))
 
 
 def align(text: str, masked: str, messages: Sequence[Message | None]) -> Iterator[tuple[int, int, int]]:
@@ -71,25 +75,36 @@ def _forms(message: Message | None) -> list[str]:
 def _with_own_context(text: str, found: list[Stretch], messages: Sequence[Message | None]) -> list[Stretch]:
     """`found` and, between, what else the agent wrote: turns that are context here because another row or nobody trains them."""
     gaps = [(stretch.start, stretch.end) for stretch in _fill(found, len(text)) if stretch.author == "template"]
-    words = [part for message in messages if message and message.is_agent for part in _own_parts(message)]
+    words = [forms for message in messages if message and message.is_agent for forms in _own_parts(message)]
     more: list[Stretch] = []
     cursor, gap = 0, 0
-    for part in words:
-        for number in range(gap, len(gaps)):
-            start = text.find(part, max(cursor, gaps[number][0]), gaps[number][1])
+    for forms in words:
+        for number, form in product(range(gap, len(gaps)), forms):
+            start = text.find(form, max(cursor, gaps[number][0]), gaps[number][1])
             if start >= 0:
-                more.append(Stretch(start, start + len(part), "assistant"))
-                cursor, gap = start + len(part), number
+                more.append(Stretch(start, start + len(form), "assistant"))
+                cursor, gap = start + len(form), number
                 break
     return sorted([*found, *more])
 
 
-def _own_parts(message: Message) -> Iterator[str]:
-    """Texts of a turn by which it can be found: what is said, and each call's arguments."""
+def _own_parts(message: Message) -> Iterator[list[str]]:
+    """Texts of a turn by which it can be found, each in the forms that a template may give it: what is said, each call's name, its
+    arguments.
+    """
     if len((message.content or "").strip()) > 1:
-        yield (message.content or "").strip()
+        yield [(message.content or "").strip()]
     for call in message.tool_calls:
-        yield call.function.name
+        yield [call.function.name]
+        if len(call.function.arguments) > 2:
+            yield [call.function.arguments, *_dumped(call.function.arguments)]
+
+
+def _dumped(arguments: str) -> Iterator[str]:
+    with suppress(ValueError):
+        parsed = json.loads(arguments)
+        for ascii_only in (False, True):
+            yield json.dumps(parsed, ensure_ascii=ascii_only)
 
 
 def _fill(found: Sequence[Stretch], length: int) -> Iterator[Stretch]:

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from itertools import groupby
+from typing import TypeVar
 
 from loraloop.chat.authors import align, find_stretches, mark
 from loraloop.chat.faults import Fault, find_turn_fault
@@ -17,6 +18,8 @@ from loraloop.chat.template import ChatTemplate, Turn
 from loraloop.episode import Message
 from loraloop.errors import RenderError
 from loraloop.training_data import Refusal, TrainingData
+
+Shown = TypeVar("Shown")
 
 N_TELLING = 24
 """Characters at the beginning or end of a turn by which its words are known again."""
@@ -120,7 +123,9 @@ class Source:
                 n_borders += sum(encoded.text_of(token) == stop for token in tokens[:-1])
         recorded, rendered = self._count_calls(encoded.text, spans)
         masked = self._masked_text(start, spans[-1])
-        stretches = find_stretches(encoded.text, masked, self.messages, [(span.start, span.end) for span in spans])
+        carry_loss = {span.turn for span in spans}
+        context = [turn for turn in self._cut(range(len(self.turns)), start, spans[-1].turn + 1) if turn not in carry_loss]
+        stretches = find_stretches(encoded.text, masked, self.messages, [(span.start, span.end) for span in spans], context)
         return Row(
             ids=encoded.ids,
             weights=weights,
@@ -155,7 +160,7 @@ class Source:
         text = self.template.text(self._cut(self.turns, start, last + 1), self.tools)
         return sum(map(self._piece_length, self.template.pieces(text)))
 
-    def _cut(self, turns: Sequence[Turn], start: int, stop: int) -> list[Turn]:
+    def _cut(self, turns: Sequence[Shown], start: int, stop: int) -> list[Shown]:
         """The head and the turns from `start` up to, not with, `stop`."""
         return [*turns[: min(self.n_head, stop)], *turns[max(start, self.n_head) : stop]]
 

@@ -143,9 +143,9 @@ class ChatTemplate:
         """A rendered text cut before and behind its special tokens, where that leaves the number of tokens as it is."""
         return [piece for piece in self._special.split(text) if piece] if self._can_cut else [text]
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of token ids, special tokens left out."""
-        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+    def decode(self, ids: Sequence[int], *, keep_special: bool = False) -> str:
+        """The text of token ids, special tokens left out unless told otherwise."""
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=not keep_special))
 
     def find_words(self, turns: Sequence[Turn], tools: Sequence[Any] = ()) -> Words | None:
         """The agent's words in the last of `turns`, behind the prompt that the model would be given, through the stop token.

@@ -17,7 +17,24 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from loraloop.cli import browse, build, doctor, export, ingest, label, promote, retention, runs, train
+from loraloop.cli import (
+    apply,
+    browse,
+    build,
+    doctor,
+    evaluate,
+    export,
+    ingest,
+    label,
+    promote,
+    retention,
+    runs,
+    serve,
+    settings,
+    status,
+    train,
+    watch,
+)
 from loraloop.errors import LoraLoopError
 
 app = typer.Typer(
@@ -30,10 +47,30 @@ app = typer.Typer(
     "\b\nloraloop ingest runs/           read recorded runs into a project\n"
     "loraloop build                  freeze a dataset from the episodes that ended well\n"
     "loraloop train --base MODEL     train an adapter on it\n"
+    "loraloop evaluate latest        whether it is better than what is live\n"
     "loraloop runs watch latest      how a training goes, from any terminal\n"
-    "loraloop models list            what has been trained",
+    "loraloop models list            what has been trained\n"
+    "loraloop apply MODEL            let it answer to the alias that the agent calls\n"
+    "loraloop watch                  do all of it again whenever there is reason to",
 )
-for command in (ingest, label, build, train, promote, runs, browse, export, retention, doctor):
+for command in (
+    ingest,
+    label,
+    build,
+    train,
+    evaluate,
+    promote,
+    runs,
+    browse,
+    export,
+    apply,
+    serve,
+    watch,
+    status,
+    retention,
+    settings,
+    doctor,
+):
     command.register(app)
 
 

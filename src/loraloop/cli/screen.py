@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Self
 
 import typer
 
+from loraloop.cli.defaults import from_settings
 from loraloop.data_report.visible import visible
 
 if TYPE_CHECKING:
@@ -23,7 +24,15 @@ DEFAULT_PROJECT = Path("loraloop-project")
 PROJECT_VARIABLE = "LORALOOP_PROJECT"
 
 ProjectOption = Annotated[
-    Path, typer.Option("--project", "-p", envvar=PROJECT_VARIABLE, help="The project directory; everything is kept in it.")
+    Path,
+    typer.Option(
+        "--project",
+        "-p",
+        envvar=PROJECT_VARIABLE,
+        help="The project directory; everything is kept in it.",
+        is_eager=True,
+        callback=from_settings,
+    ),
 ]
 IdArgument = Annotated[str, typer.Argument(metavar="ID", help="The id.", show_default=False)]
 JsonOption = Annotated[bool, typer.Option("--json", help="JSON on standard output, nothing else there.")]

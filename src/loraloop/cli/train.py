@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from loraloop.cli.defaults import LONGER
 from loraloop.cli.screen import DEFAULT_PROJECT, JsonOption, ProjectOption, TrainingScreen, err, show_next, show_table, write_line
 from loraloop.errors import SettingsError
 from loraloop.lora.config import LoraTrainerConfig, TrainOptions
@@ -23,14 +24,7 @@ if TYPE_CHECKING:
 
 DEFAULTS = LoraTrainerConfig()
 OPTIONS = TrainOptions()
-SETTINGS = {
-    "base": "base_model",
-    "rank": "lora_rank",
-    "alpha": "lora_alpha",
-    "dropout": "lora_dropout",
-    "grad_accum": "gradient_accumulation",
-    "lr": "learning_rate",
-}
+SETTINGS = {option: setting for setting, option in LONGER["train"].items()}
 """Options whose settings have longer names."""
 _NO_SETTINGS = ("project", "resume", "force", "as_json")
 

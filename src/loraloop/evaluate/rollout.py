@@ -1,4 +1,4 @@
-"""Play tasks with a model: many at a time, greedily, each token fed once.
+"""Play tasks with a model: many at a time, greedily or by seed, each token fed once.
 
 All plays share one key-value cache and move forward a token at a time: where a play waits for the model, its token is the model's
 choice; where the environment has answered, its tokens are the answer's. So no play waits for another's turn to end, and nothing is
@@ -9,41 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from loraloop.base_model import BaseModel, Dtype, choose_device, choose_dtype, load_model, load_tokenizer
 from loraloop.chat.template import ChatTemplate
 from loraloop.episode import Message
 from loraloop.errors import EvaluationError
+from loraloop.evaluate.environment import Environment, PlayLimits, last_line
 
 if TYPE_CHECKING:
     import torch
 
-T_contra = TypeVar("T_contra", contravariant=True)
 T = TypeVar("T")
-
-
-class Environment(Protocol[T_contra]):
-    """What an agent acts in. One instance plays one task at a time."""
-
-    def reset(self, task: T_contra) -> str:
-        """Begin `task`; gives the first observation."""
-        ...
-
-    def step(self, action: str) -> tuple[str, float, bool]:
-        """(observation, reward so far, whether the play is over)."""
-        ...
-
-
-@dataclass(frozen=True)
-class PlayLimits:
-    """Where a play ends if the environment does not end it."""
-
-    max_turns: int = 20
-    max_turn_tokens: int = 200
-    """A turn longer than this is cut off, and its action taken from what there is."""
-    max_tokens: int = 1200
-    """Tokens after the first prompt, of the model and the environment together."""
 
 
 @dataclass
@@ -56,6 +33,16 @@ class Played(Generic[T]):
     n_turns: int = 0
     finished: bool = False
     """The environment ended it; otherwise a limit did."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the model's tokens are chosen."""
+
+    temperature: float = 0.0
+    """0 takes the likeliest token; above, tokens are drawn, the same ones for the same seed."""
+    seeds: Sequence[int] = ()
+    """One for each play; needed above temperature 0."""
 
 
 @dataclass
@@ -80,12 +67,6 @@ def load_player(base: BaseModel, adapter: str | None = None, dtype: Dtype = "aut
     return Player(model.to(device).eval(), ChatTemplate(load_tokenizer(base)))
 
 
-def last_line(text: str) -> str:
-    """The action in an agent's turn: its last line that is not empty."""
-    lines = [line for line in text.strip().splitlines() if line.strip()]
-    return lines[-1].strip() if lines else ""
-
-
 def play(
     player: Player,
     environments: Sequence[Environment[T]],
@@ -94,15 +75,21 @@ def play(
     system: str | None = None,
     limits: PlayLimits | None = None,
     to_action: Callable[[str], str] = last_line,
+    sampling: Sampling | None = None,
     on_progress: Callable[[int, int, int], None] = lambda done, total, step: None,
+    on_ended: Callable[[int, Played[T]], None] = lambda index, played: None,
 ) -> list[Played[T]]:
     """Play each task in an environment of its own; gives the plays in the order of `tasks`.
 
-    Greedy, so the same weights and tasks give the same plays on the same machine. `on_progress` hears (plays ended, plays, step).
-    Raises EvaluationError when there are fewer environments than tasks.
+    The same weights, tasks and sampling give the same plays on the same machine; without sampling it is greedy. `on_progress` hears
+    (plays ended, plays, step), `on_ended` each play as it ends, with its place among `tasks`. Raises EvaluationError when there are
+    fewer environments than tasks, or fewer seeds where tokens are drawn.
     """
+    sampling = sampling or Sampling()
     if len(environments) < len(tasks):
         raise EvaluationError(f"{len(tasks)} tasks need as many environments, found {len(environments)}")
+    if sampling.temperature > 0 and len(sampling.seeds) != len(tasks):
+        raise EvaluationError(f"{len(tasks)} plays at temperature {sampling.temperature:g} need as many seeds, found {len(sampling.seeds)}")
     if not tasks:
         return []
     limits = limits or PlayLimits()
@@ -110,8 +97,49 @@ def play(
         _Seat(player, environment, Played(task, _opening(environment.reset(task), system)), limits, to_action)
         for environment, task in zip(environments, tasks, strict=False)
     ]
-    _run(player, seats, limits, on_progress)
+    _run(player, seats, limits, _Choice(sampling, len(seats)), _Told(on_progress, on_ended))
     return [seat.played for seat in seats]
+
+
+@dataclass(frozen=True)
+class Opening:
+    """A conversation that waits for the agent's next turn."""
+
+    messages: Sequence[Message]
+    tools: Sequence[dict[str, Any]] = ()
+
+
+def speak(
+    player: Player, openings: Sequence[Opening], max_tokens: Sequence[int], sampling: Sampling | None = None, *, keep_special: bool = True
+) -> list[str]:
+    """The agent's next turn behind each opening, at most so many tokens of each; special tokens stand in it unless told otherwise."""
+    if not openings:
+        return []
+    seats = [
+        _Seat(
+            player,
+            _OneTurn(),
+            Played(None, list(opening.messages)),
+            PlayLimits(1, n_tokens, n_tokens),
+            lambda text: text,
+            tools=opening.tools,
+            keep_special=keep_special,
+        )
+        for opening, n_tokens in zip(openings, max_tokens, strict=True)
+    ]
+    choose, told = _Choice(sampling or Sampling(), len(seats)), _Told(lambda done, total, step: None, lambda place, played: None)
+    _run(player, seats, PlayLimits(1, max(max_tokens), max(max_tokens)), choose, told)
+    return [seat.played.messages[-2].content or "" for seat in seats]
+
+
+class _OneTurn:
+    """What is played where only the next turn is wanted."""
+
+    def reset(self, task: None) -> str:  # noqa: ARG002  an environment's
+        return ""
+
+    def step(self, action: str) -> tuple[str, float, bool]:  # noqa: ARG002
+        return "", 0.0, True
 
 
 def _opening(observation: str, system: str | None) -> list[Message]:
@@ -128,6 +156,8 @@ class _Seat(Generic[T]):
     played: Played[T]
     limits: PlayLimits
     to_action: Callable[[str], str]
+    tools: Sequence[dict[str, Any]] = ()
+    keep_special: bool = False
     feed: list[int] = field(default_factory=list)
     said: list[int] = field(default_factory=list)
     n_fed: int = 0
@@ -152,7 +182,7 @@ class _Seat(Generic[T]):
     def _end_turn(self, *, stopped: bool) -> None:
         """Act, and queue what the template puts between the agent's last token and its next turn."""
         words = self.said[:-1] if stopped else self.said
-        text = self.player.template.decode(words)
+        text = self.player.template.decode(words, keep_special=self.keep_special)
         self.said = []
         observation, reward, done = self.environment.step(self.to_action(text))
         before = self._text(generation_prompt=True)
@@ -175,8 +205,8 @@ class _Seat(Generic[T]):
         return rest[start + length :] if stopped else rest[start:]
 
     def _text(self, *, generation_prompt: bool) -> str:
-        turns, _ = self.player.template.prepare(self.played.messages)
-        return self.player.template.text(turns, generation_prompt=generation_prompt)
+        turns, tools = self.player.template.prepare(self.played.messages, self.tools)
+        return self.player.template.text(turns, tools, generation_prompt=generation_prompt)
 
 
 def stop_token_ids(player: Player) -> frozenset[int]:
@@ -187,7 +217,41 @@ def stop_token_ids(player: Player) -> frozenset[int]:
     return frozenset(token for token in [tokenizer.eos_token_id, *listed] if token is not None)
 
 
-def _run(player: Player, seats: list[_Seat[T]], limits: PlayLimits, on_progress: Callable[[int, int, int], None]) -> None:
+class _Choice:
+    """Chooses each seat's next token; what one seat draws does not depend on who else is at the table."""
+
+    def __init__(self, sampling: Sampling, n_seats: int) -> None:
+        import torch
+
+        self.temperature = sampling.temperature
+        drawn = sampling.seeds if sampling.temperature > 0 else ()
+        self.generators = [torch.Generator().manual_seed(seed) for seed in drawn]
+        self.seat_numbers = list(range(n_seats))
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """The others have left the table."""
+        self.seat_numbers = [self.seat_numbers[row] for row in rows]
+
+    def __call__(self, logits: torch.Tensor) -> list[int]:
+        """`logits` (rows, vocabulary) of the seats at the table; drawn by adding Gumbel noise, which the seat's own generator makes."""
+        import torch
+
+        if self.temperature <= 0:
+            return [int(token) for token in logits.argmax(-1)]
+        scaled = logits.float().cpu() / self.temperature
+        noise = [torch.rand(scaled.shape[-1], generator=self.generators[number]) for number in self.seat_numbers]
+        return [int(token) for token in (scaled - torch.log(-torch.log(torch.stack(noise).clamp(1e-20, 1 - 1e-7)))).argmax(-1)]
+
+
+@dataclass(frozen=True)
+class _Told:
+    """Who hears how the plays go on."""
+
+    on_progress: Callable[[int, int, int], None]
+    on_ended: Callable[[int, Any], None]
+
+
+def _run(player: Player, seats: list[_Seat[T]], limits: PlayLimits, choose: _Choice, told: _Told) -> None:
     """Feed all seats token by token until every play is over."""
     import torch
 
@@ -197,12 +261,16 @@ def _run(player: Player, seats: list[_Seat[T]], limits: PlayLimits, on_progress:
     with torch.inference_mode():
         ids, mask = _pad_left([seat.prompt_ids() for seat in seats], device)
         positions = (mask.cumsum(1) - 1).clamp(min=0)
-        choices = _forward(player.model, ids, mask, positions, cache)
+        choices = choose(_forward(player.model, ids, mask, positions, cache))
         position = positions[:, -1:] + 1  # (seats, 1)
         active = list(seats)
         for step in range(limits.max_tokens):
+            playing = [number for number in choose.seat_numbers if not seats[number].over]
             fed = [seat.next_token(choice, stop_ids) for seat, choice in zip(active, choices, strict=True)]
-            on_progress(len(seats) - sum(not seat.over for seat in seats), len(seats), step)
+            for number in playing:
+                if seats[number].over:
+                    told.on_ended(number, seats[number].played)
+            told.on_progress(len(seats) - sum(not seat.over for seat in seats), len(seats), step)
             kept = [index for index, seat in enumerate(active) if not seat.over]
             if not kept:
                 return
@@ -212,17 +280,21 @@ def _run(player: Player, seats: list[_Seat[T]], limits: PlayLimits, on_progress:
                 cache.reorder_cache(rows)  # works for every kind of layer, with fewer rows too
                 mask, position, tokens = mask[rows], position[rows], tokens[rows]
                 active = [active[index] for index in kept]
+                choose.keep(kept)
             mask = torch.cat([mask, mask.new_ones(len(active), 1)], dim=1)
-            choices = _forward(player.model, tokens, mask, position, cache)
+            choices = choose(_forward(player.model, tokens, mask, position, cache))
             position = position + 1
-        for seat in active:
-            seat.over = True
+        for number in choose.seat_numbers:
+            if not seats[number].over:
+                seats[number].over = True
+                told.on_ended(number, seats[number].played)
 
 
-def _forward(model: Any, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: Any) -> list[int]:
-    """The likeliest next token of each row; the head sees the last position only."""
+def _forward(model: Any, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: Any) -> torch.Tensor:
+    """(rows, vocabulary) what each row says of its next token; the head sees the last position only."""
     out = model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    return [int(token) for token in out.logits[:, -1].argmax(-1)]
+    logits: torch.Tensor = out.logits[:, -1]
+    return logits
 
 
 def _pad_left(prompts: Sequence[list[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

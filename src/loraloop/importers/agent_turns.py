@@ -9,9 +9,9 @@ import json
 from collections.abc import Iterable
 from datetime import UTC, datetime
 
+from loraloop.chat.openai_messages import take_tools
+from loraloop.chat.refused_entry import EntryRefused, find_finite, show
 from loraloop.episode import AnyOutcome, Failure, Success
-from loraloop.importers.entry import EntryRefused, find_finite, show
-from loraloop.importers.openai_messages import take_tools
 
 FULL_REWARD = 1 - 1e-6
 """From here on a run counts as solved, on scales whose full mark is 1."""

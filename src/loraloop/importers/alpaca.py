@@ -12,8 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar, Literal
 
+from loraloop.chat.refused_entry import EntryRefused, show
 from loraloop.episode import Episode, EpisodeMetadata, Message, Success
-from loraloop.importers.entry import EntryRefused, convert_entries, require_clean, require_object, require_text, show, to_tags
+from loraloop.importers.entry import convert_entries, require_clean, require_object, require_text, to_tags
 from loraloop.importers.json_input import count_entries, iter_entries, opening_keys
 from loraloop.importers.react import find_verdict, has_observation, split_trace
 from loraloop.training_data import Refusal

@@ -14,13 +14,14 @@ from typing import ClassVar, cast
 
 from pydantic import JsonValue
 
+from loraloop.chat.openai_messages import take_messages
+from loraloop.chat.refused_entry import EntryRefused, show
 from loraloop.episode import Episode, EpisodeMetadata
 from loraloop.importers.agent_turns import as_object, require_list, times_of, to_tools
 from loraloop.importers.anthropic_messages import Blocks
 from loraloop.importers.call_log import ToldTurns, to_task_id
-from loraloop.importers.entry import EntryRefused, convert_entries, find_id, require_clean, require_object, show, to_tags
+from loraloop.importers.entry import convert_entries, find_id, require_clean, require_object, to_tags
 from loraloop.importers.json_input import count_entries, first_object_keys, iter_entries
-from loraloop.importers.openai_messages import take_messages
 from loraloop.training_data import Refusal
 
 _BLOCK = re.compile(r'"type"\s*:\s*"(?:tool_use|tool_result|thinking|redacted_thinking)"')

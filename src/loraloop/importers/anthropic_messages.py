@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from loraloop.chat.refused_entry import EntryRefused, show
 from loraloop.importers.agent_turns import to_call
-from loraloop.importers.entry import EntryRefused, require_object, show
+from loraloop.importers.entry import require_object
 
 _HIDDEN = {"redacted_thinking"}
 

@@ -19,13 +19,14 @@ from typing import ClassVar, Literal, cast
 
 from pydantic import JsonValue
 
+from loraloop.chat.openai_messages import take_messages
+from loraloop.chat.refused_entry import EntryRefused, show
 from loraloop.episode import AnyOutcome, Episode, EpisodeMetadata, Failure, Success, Unknown
 from loraloop.importers.agent_turns import as_list, as_object, require_list, times_of, to_call, to_outcome, to_tools
-from loraloop.importers.entry import Entry, EntryRefused, convert_entries, require_clean, require_object, show, to_tags
+from loraloop.importers.entry import Entry, convert_entries, require_clean, require_object, to_tags
 from loraloop.importers.exported import KEY, Exported
 from loraloop.importers.harbor import Trial, find_trial
 from loraloop.importers.json_input import iter_entries, opening_keys
-from loraloop.importers.openai_messages import take_messages
 from loraloop.training_data import Refusal
 
 _VERSION = re.compile(r"ATIF-v1\.\d{1,3}")

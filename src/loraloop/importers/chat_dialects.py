@@ -11,8 +11,8 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 
+from loraloop.chat.refused_entry import EntryRefused, show
 from loraloop.files import json_line
-from loraloop.importers.entry import EntryRefused, show
 
 RawMessage = dict[str, object]
 """A message in the OpenAI shape that is not checked yet."""

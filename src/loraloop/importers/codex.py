@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, cast
 
+from loraloop.chat.openai_messages import take_messages
 from loraloop.episode import Episode, EpisodeMetadata
 from loraloop.importers.agent_turns import as_list, as_object, times_of
 from loraloop.importers.entry import Entry, convert_entries, require_clean, to_tags
 from loraloop.importers.json_input import iter_entries, opening_keys
-from loraloop.importers.openai_messages import take_messages
 from loraloop.importers.responses_items import Items
 from loraloop.training_data import Refusal
 

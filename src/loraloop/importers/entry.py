@@ -12,31 +12,20 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
+from pydantic import JsonValue
+
+from loraloop.chat.refused_entry import EntryRefused, shorten, show
 from loraloop.episode import Episode, EpisodeId
-from loraloop.files import canonical_json, content_hash
+from loraloop.files import canonical_json, hash_texts
+from loraloop.importers.remembered import Remembered
 from loraloop.training_data import Refusal
 
-MAX_SHOWN_CHARS = 120
-"""How much of a value a message shows."""
 MAX_DEPTH = 100
 """How deep an entry's JSON may nest: real tool schemas stay below 20, and some readers give up at 255."""
 IGNORED_KEYS_TAG = "ignored_keys"
 """The tag that lists, as a JSON list, the keys of an entry that an Episode has no place for."""
-
-
-class EntryRefused(ValueError):
-    """An entry is left out for `reason`; the importers turn it into a Refusal, so it never leaves this package."""
-
-    def __init__(self, reason: str, found: str, expected: str, do_this: str) -> None:
-        self.reason = reason
-        self.found = found
-        self.expected = expected
-        self.do_this = do_this
-        super().__init__(reason, found, expected, do_this)
-
-    def __str__(self) -> str:
-        return f"found {self.found}; expected {self.expected}; do this: {self.do_this}"
 
 
 @dataclass(frozen=True)
@@ -72,8 +61,9 @@ def with_content_id(episode: Episode) -> Episode:
     said = episode.model_dump(mode="json", exclude=unsaid, exclude_defaults=True)
     said["outcome"] = episode.model_dump(mode="json", include={"outcome"})["outcome"]
     said["metadata"] = episode.metadata.model_dump(mode="json", exclude={"created_at"}, exclude_defaults=True)
-    said["tools"] = [json.dumps(tool, ensure_ascii=False) for tool in episode.tools]
-    return episode.model_copy(update={"id": EpisodeId.from_content(content_hash(said))})
+    # the tools come last by the alphabet, as a list of texts
+    digest = hash_texts(canonical_json(said)[:-1], ',"tools":', _tools_as_texts(episode.tools), "}")
+    return episode.model_copy(update={"id": EpisodeId.from_content(digest)})
 
 
 def require_clean(value: object) -> None:
@@ -81,6 +71,8 @@ def require_clean(value: object) -> None:
 
     JSON can spell all of these, but UTF-8 files, databases and JSON writers cannot take them.
     """
+    if _is_clean(value):
+        return
     waiting = [(value, 0)]
     while waiting:
         item, depth = waiting.pop()
@@ -96,15 +88,16 @@ def require_clean(value: object) -> None:
             waiting.extend((part, depth + 1) for part in item)
 
 
-def find_finite(value: object) -> float | None:
-    """`value` as a float when it is a finite JSON number, else None; true and false are no numbers here."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    try:
-        number = float(value)
-    except OverflowError:
-        return None
-    return number if math.isfinite(number) else None
+def is_clean_text(text: str) -> bool:
+    """Whether `text` has neither NUL nor half a surrogate pair."""
+    if "\0" in text:
+        return False
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            return False
+    return True
 
 
 def require_object(value: object, keys: Iterable[str], example: str) -> dict[str, object]:
@@ -143,26 +136,40 @@ def to_tags(format_name: str, ignored: Iterable[str] = (), **said: object) -> di
     return dict(sorted({**tags, "format": format_name, **ignored_tag(ignored)}.items()))
 
 
-def show(value: object) -> str:
-    """`value` for a message: as JSON where it can be, cut to `MAX_SHOWN_CHARS`, safe to print on any terminal."""
-    try:
-        text = canonical_json(value)
-    except (TypeError, ValueError, RecursionError):
-        text = repr(value)
-    return shorten(text)
-
-
-def shorten(text: str) -> str:
-    """`text` on one line, cut to `MAX_SHOWN_CHARS`, with everything that does not print written as an escape."""
-    cut = text[:MAX_SHOWN_CHARS]
-    printable = "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in cut)
-    return printable + ("…" if len(text) > MAX_SHOWN_CHARS else "")
-
-
 def ignored_tag(names: Iterable[str]) -> dict[str, str]:
     """The tag that lists keys left behind, each once and sorted; no tag when there are none."""
     distinct = sorted(set(names))
     return {IGNORED_KEYS_TAG: canonical_json(distinct)} if distinct else {}
+
+
+def _is_clean(value: object) -> bool:
+    """Whether there is certainly nothing to refuse; level by level, and without looking for the words to say what there is."""
+    level = [value]
+    for _ in range(MAX_DEPTH + 1):
+        below: list[object] = []
+        for item in level:
+            kind = type(item)
+            if kind is str:
+                if not is_clean_text(cast("str", item)):
+                    return False
+            elif kind is dict:
+                below += cast("dict[object, object]", item)
+                below += cast("dict[object, object]", item).values()
+            elif kind is list:
+                below += cast("list[object]", item)
+            elif not (item is None or kind is bool or kind is int or (kind is float and math.isfinite(cast("float", item)))):
+                return False
+        if not below:
+            return True
+        level = below
+    return False
+
+
+def _as_texts(tools: tuple[dict[str, JsonValue], ...]) -> str:
+    return canonical_json([json.dumps(tool, ensure_ascii=False) for tool in tools])
+
+
+_tools_as_texts = Remembered(_as_texts)
 
 
 def _require_clean_text(text: str) -> None:

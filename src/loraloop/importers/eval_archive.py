@@ -11,8 +11,9 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
+from loraloop.chat.refused_entry import EntryRefused, show
 from loraloop.errors import ImportFailed
-from loraloop.importers.entry import Entry, EntryRefused, show
+from loraloop.importers.entry import Entry
 from loraloop.importers.json_input import parse_json
 
 MAX_SAMPLE_BYTES = 256 * 1024 * 1024

@@ -10,8 +10,8 @@ from typing import Literal, Self
 
 from pydantic import Field, JsonValue, ValidationError
 
+from loraloop.chat.refused_entry import EntryRefused
 from loraloop.episode import CONVERSATION, AnyOutcome, Episode, EpisodeMetadata, Frozen, Message
-from loraloop.importers.entry import EntryRefused
 
 KEY = "loraloop"
 

@@ -4,6 +4,8 @@ Of every file it is kept, in a file of its own, up to where it was read, so that
 same, ids made from content store nothing twice. A file that was replaced, or cut and begun anew, is read from its beginning; what the
 writer of a replaced file had still added to it is read first.
 
+One at a time follows into one project: a lease beside the positions tells, and what a killed process held is taken over.
+
 Only formats whose lines stand for themselves are followed (`LineImporter`). A log that tells one run in many lines, and a document, is an
 episode only when it is complete: such files are told once as `not_followed`.
 """
@@ -22,12 +24,13 @@ from typing import BinaryIO
 from pydantic import TypeAdapter, ValidationError
 
 from loraloop.episode import Frozen
-from loraloop.errors import ImportFailed
+from loraloop.errors import ImportFailed, LeaseHeld
 from loraloop.files import write_json
 from loraloop.importers.ingest import IngestReport, detect, find_side_file, ingest_plain, refuse_file
 from loraloop.importers.scores import ScoreRule
 from loraloop.importers.sources import Found, search
 from loraloop.importers.unpacking import Plain, mirror
+from loraloop.lease import Lease
 from loraloop.plugins import EpisodeStore, Importer, LineImporter, find
 from loraloop.training_data import Refusal
 
@@ -71,17 +74,25 @@ class Follower:
 
     def __post_init__(self) -> None:
         """Raises ImportFailed for positions that cannot be read."""
-        try:
-            self.positions = _POSITIONS.validate_json(self.state.read_bytes()) if self.state.exists() else {}
-        except ValidationError as error:
-            raise ImportFailed(f"{self.state}: found no positions of followed files; remove it, and all is read anew") from error
+        self.positions = _load_positions(self.state)
 
     def run(self, wait: Callable[[], bool]) -> Iterator[IngestReport]:
         """A report for every piece that was read, until `wait`, called when nothing is new, says False; then once more what is new.
 
-        Raises ImportFailed for a path that is not there at the beginning.
+        Raises ImportFailed for a path that is not there at the beginning, LeaseHeld while another keeps positions in `state`.
         """
         search(self.paths)
+        lease = Lease(self.state.with_suffix(".lease"))
+        try:
+            lease.acquire("ingest --follow")
+        except LeaseHeld as error:
+            advice = "end that one and start one with all paths, or follow into another project"
+            raise LeaseHeld(f"{self.state.parent}: files are followed into it already, by {error}; {advice}") from error
+        with lease.kept():
+            self.positions = _load_positions(self.state)  # as whoever had the lease before has left them
+            yield from self._run(wait)
+
+    def _run(self, wait: Callable[[], bool]) -> Iterator[IngestReport]:
         goes_on = True
         try:
             while goes_on:
@@ -187,6 +198,13 @@ class Follower:
         detail = f"{path}, line {position.lines + 1}: found {found}; expected {expected}; do this: leave it out"
         refusal = Refusal(reason="too_large", detail=detail)
         return IngestReport(path=str(path), format=self.formats[path], read=1, refused={refusal.reason: 1}, refusals=(refusal,))
+
+
+def _load_positions(state: Path) -> dict[str, Position]:
+    try:
+        return _POSITIONS.validate_json(state.read_bytes()) if state.exists() else {}
+    except ValidationError as error:
+        raise ImportFailed(f"{state}: found no positions of followed files; remove it, and all is read anew") from error
 
 
 def _read_lines(file: BinaryIO, offset: int) -> tuple[bytes, int]:

@@ -12,10 +12,11 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from loraloop.chat.refused_entry import EntryRefused, find_finite, show
 from loraloop.episode import AnyOutcome, Success, Timeout, Unknown
 from loraloop.errors import ImportFailed
 from loraloop.importers.agent_turns import as_object, to_outcome
-from loraloop.importers.entry import EntryRefused, find_finite, require_clean, show
+from loraloop.importers.entry import require_clean
 from loraloop.importers.json_input import load_document
 
 _MAIN = re.compile(r"trajectory(\.cont-\d+)?\.json")

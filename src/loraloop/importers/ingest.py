@@ -13,9 +13,10 @@ from pathlib import Path
 
 from pydantic import Field, JsonValue
 
+from loraloop.chat.refused_entry import EntryRefused, shorten
 from loraloop.episode import Episode, Frozen
 from loraloop.errors import ImportFailed
-from loraloop.importers.entry import EntryRefused, shorten, with_content_id
+from loraloop.importers.entry import with_content_id
 from loraloop.importers.scores import ScoreRule, describe, score_of
 from loraloop.importers.sources import SIDE_FILES, Found, search
 from loraloop.importers.unpacking import Plain, open_plain

@@ -18,24 +18,15 @@ from typing import ClassVar, cast
 
 from pydantic import JsonValue
 
+from loraloop.chat.openai_messages import take_messages
+from loraloop.chat.refused_entry import EntryRefused, find_finite, show
 from loraloop.episode import AnyOutcome, Episode, EpisodeMetadata, Failure, Success, Timeout, Unknown
 from loraloop.errors import ImportFailed
 from loraloop.importers.agent_turns import as_list, as_object, require_list, times_of, to_call, to_outcome, to_tools
-from loraloop.importers.entry import (
-    Entry,
-    EntryRefused,
-    convert_entries,
-    find_finite,
-    find_id,
-    require_clean,
-    require_object,
-    show,
-    to_tags,
-)
+from loraloop.importers.entry import Entry, convert_entries, find_id, require_clean, require_object, to_tags
 from loraloop.importers.eval_archive import has_archive, is_archive, iter_samples, load_header
-from loraloop.importers.json_input import first_object_keys, load_document
+from loraloop.importers.json_input import first_object_keys, load_with_list
 from loraloop.importers.null_padding import without_padding
-from loraloop.importers.openai_messages import take_messages
 from loraloop.training_data import Refusal
 
 _ATTACHMENT = re.compile(r"attachment://([0-9a-zA-Z]{8,64})")
@@ -66,13 +57,14 @@ class InspectImporter:
         if has_archive(path):
             log, samples = as_object(load_header(path)), iter_samples(path)
         else:
-            log = as_object(load_document(path))
+            document, long_list = load_with_list(path, "samples", "sample")
+            log = as_object(document)
             if "eval" not in log:
                 advice = "give a file that Inspect wrote, or the right --format"
                 raise ImportFailed(
                     f"{path}: found keys {show(sorted(log))}; expected {{version, status, eval, samples}}; do this: {advice}"
                 )
-            samples = (Entry(f"sample {number}", sample) for number, sample in enumerate(as_list(log.get("samples")), 1))
+            samples = long_list or (Entry(f"sample {number}", one) for number, one in enumerate(as_list(log.get("samples")), 1))
         yield from convert_entries(path, samples, lambda sample: _to_episode(sample, log))
 
 

@@ -15,19 +15,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar, Literal
 
+from loraloop.chat.refused_entry import EntryRefused, find_finite, show
 from loraloop.episode import AnyOutcome, Episode, EpisodeMetadata, Failure, Message, Success, Timeout, Unknown
-from loraloop.importers.entry import (
-    Entry,
-    EntryRefused,
-    convert_entries,
-    find_finite,
-    find_id,
-    require_clean,
-    require_object,
-    require_text,
-    show,
-    to_tags,
-)
+from loraloop.importers.entry import Entry, convert_entries, find_id, require_clean, require_object, require_text, to_tags
 from loraloop.importers.json_input import is_list, iter_entries, iter_list, load_document, opening_keys
 from loraloop.importers.react import begins_with_observation
 from loraloop.training_data import Refusal

@@ -8,19 +8,28 @@ from __future__ import annotations
 
 import codecs
 import json
+import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
+from pydantic_core import from_json
+
+from loraloop.chat.refused_entry import EntryRefused, shorten
 from loraloop.errors import ImportFailed
-from loraloop.importers.entry import Entry, EntryRefused, shorten
-from loraloop.importers.json_list import iter_elements, too_large
+from loraloop.importers.entry import Entry
+from loraloop.importers.json_list import iter_elements, iter_inside, read_around, too_large
 
 MAX_ENTRY_BYTES = 64 * 1024**2
 """The longest line, and element of a list, that is read; a longer one is refused as `too_large` and passed over."""
 MAX_DOCUMENT_BYTES = 256 * 1024**2
 """The longest file that is read as a whole, for formats that need that."""
+WHOLE_BYTES = 32 * 1024**2
+"""Up to this length, a document whose entries are a list inside an object is read as a whole too; that takes five times the memory."""
+BUFFER_BYTES = 1 << 18
+"""What is read of a file of lines at a time: a line that lies in it whole is copied once."""
 
 _TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|["{}\[\],]', re.DOTALL)
 _FIRST_OBJECT = re.compile(r"[\ufeff\s]*\[?\s*\{")
@@ -39,15 +48,44 @@ def load_document(path: Path) -> object:
         raise _no_document(path, error) from error
 
 
-def iter_entries(path: Path) -> Iterator[Entry]:
+def load_with_list(path: Path, key: str, place: str) -> tuple[object, Iterator[Entry] | None]:
+    """The value of a file that is one JSON document, and None; or, when it is long and an object with a list under `key`, that object with
+    an empty list there, and the list's entries, one at a time ("entry 3", with the word `place` for "entry").
+
+    A long one that breaks off within the list gives what came before, and a problem. Raises ImportFailed as `load_document` does.
+    """
+    with _open(path) as file:
+        if os.fstat(file.fileno()).st_size <= WHOLE_BYTES or not _head(file).startswith(b"{"):
+            return load_document(path), None
+        file.seek(0)
+        try:
+            document, problem = read_around(file, key, MAX_DOCUMENT_BYTES)
+        except EntryRefused as error:
+            raise _no_document(path, error) from error
+    return (document, _iter_inside(path, key, place, problem)) if document.get(key) == [] else (load_document(path), None)
+
+
+def _iter_inside(path: Path, key: str, place: str, problem: EntryRefused | None) -> Iterator[Entry]:
+    number = 0
+    with _open(path) as file:
+        for number, (value, why) in enumerate(iter_inside(file, key, MAX_DOCUMENT_BYTES), 1):
+            yield Entry(f"{place} {number}", value, why)
+            if why is not None and why.reason != "too_large":
+                return
+    if problem is not None:
+        yield Entry(f"behind {place} {number}", problem=problem)
+
+
+def iter_entries(path: Path, parse: Callable[[bytes], object] | None = None) -> Iterator[Entry]:
     """The entries of a file of JSON Lines ("line 3"), or of one JSON document that is a list or a single object ("entry 3").
 
     A file whose first line is a whole JSON object is read line by line, and so is one whose lines merely look broken. Blank lines
     are skipped; an empty file has no entries. Neither lines nor a list are held as a whole. A list that breaks off gives what came
-    before, and a problem. Raises ImportFailed when a document is not even begun, or a single object is incomplete.
+    before, and a problem. Raises ImportFailed when a document is not even begun, or a single object is incomplete. `parse` is a faster
+    `parse_json`, for lines.
     """
     if is_by_line(path):
-        yield from _iter_lines(path)
+        yield from _iter_lines(path, parse or parse_json)
     elif is_list(path):
         yield from iter_list(path)
     else:
@@ -101,7 +139,11 @@ def parse_json(data: bytes) -> object:
 
     NaN and Infinity pass, as Python writes them; who uses a number checks it.
     """
-    text = _decode(data.removeprefix(codecs.BOM_UTF8))
+    data = data.removeprefix(codecs.BOM_UTF8)
+    with suppress(ValueError):  # what it takes, it reads as Python does; what it does not, Python judges
+        parsed: object = from_json(data, allow_inf_nan=False)
+        return parsed
+    text = _decode(data)
     try:
         value: object = json.loads(text)
     except json.JSONDecodeError as error:
@@ -150,15 +192,15 @@ _LINE_ADVICE = "repair or delete it; if the file is still being written, ingest 
 _WHOLE_ADVICE = "check that the file is complete; if a run is still writing it, wait for its end"
 
 
-def _iter_lines(path: Path) -> Iterator[Entry]:
-    with _open(path) as file:
+def _iter_lines(path: Path, parse: Callable[[bytes], object]) -> Iterator[Entry]:
+    with _open(path, BUFFER_BYTES) as file:
         for number, (line, is_whole) in enumerate(_bounded_lines(file), 1):
             place = f"line {number}"
             if not is_whole:
                 yield Entry(place, problem=too_large(MAX_ENTRY_BYTES))
             elif stripped := _strip(line):
                 try:
-                    yield Entry(place, parse_json(stripped))
+                    yield Entry(place, parse(stripped))
                 except EntryRefused as error:
                     yield Entry(place, problem=error)
 
@@ -200,8 +242,8 @@ def _no_document(path: Path, error: EntryRefused) -> ImportFailed:
     return ImportFailed(f"{path}: found {error.found}; expected one whole JSON document; do this: {_WHOLE_ADVICE}")
 
 
-def _open(path: Path) -> BinaryIO:
+def _open(path: Path, buffer_bytes: int = -1) -> BinaryIO:
     try:
-        return path.open("rb")
+        return path.open("rb", buffering=buffer_bytes)
     except OSError as error:
         raise ImportFailed(f"{path}: cannot be opened ({error.strerror}); give a file that can be read") from error

@@ -1,4 +1,4 @@
-"""The elements of a long JSON list, one at a time, in memory for one element.
+"""The elements of a long JSON list, one at a time, in memory for one element; the list is the whole file, or a member of its object.
 
 Each is read by Python's own JSON decoder at its place in a buffer that grows until the element is whole. One that is longer than the
 limit is passed over by counting brackets, so it costs no memory and none of its neighbours. Where the text is no JSON, nothing tells the
@@ -11,14 +11,14 @@ import codecs
 import json
 import re
 from collections.abc import Iterator
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
-from loraloop.importers.entry import EntryRefused, shorten
+from loraloop.chat.refused_entry import EntryRefused, shorten
 
 _PIECE, _MAX_PIECE = 1 << 20, 16 << 20
 _SPACE = re.compile(r"[ \t\r\n]*")
 _MARK = re.compile(r'\\.|["{}\[\],]', re.DOTALL)
-_BEHIND = frozenset(", ]\t\r\n")
+_BEHIND = frozenset(", ]}:\t\r\n")
 _NEAR_END = 16
 """A fault so near to the end of the buffer may be but a cut: `tru`, `-`, half an escape."""
 _ADVICE = "check that the file is complete; if a run is still writing it, ingest it again at its end"
@@ -33,31 +33,90 @@ def iter_elements(file: BinaryIO, limit: int) -> Iterator[tuple[object, EntryRef
     """(value, None) for each element of the list that begins in `file`, (None, problem) for one that is left out, and for a broken end."""
     text = _Text(file)
     try:
-        text.take("[")
-        is_first = True
-        while not text.peek("]"):
-            if not is_first:
-                text.take(",")
-            is_first = False
-            try:
-                yield text.take_value(limit), None
-            except EntryRefused as problem:
-                if problem.reason != "too_large":
-                    raise
-                yield None, problem
-                text.skip_value()
-        text.take("]")
+        yield from _take_elements(text, limit)
         if text.peek(""):
             raise text.refuse("more behind the end of the list", "nothing there")
     except EntryRefused as problem:
         yield None, problem
 
 
+def read_around(file: BinaryIO, key: str, limit: int) -> tuple[dict[str, object], EntryRefused | None]:
+    """(the object in `file`, with an empty list for the list under `key`, which is passed over; why it breaks off in or behind that list).
+
+    Refused when it breaks off before that list, when a member is longer than `limit` bytes, or when `key` comes twice.
+    """
+    text = _Text(file, "object")
+    found: dict[str, object] = {}
+    try:
+        for name in _iter_names(text, limit):
+            if name == key and key in found:
+                raise text.refuse(f"a second `{key}`", "one of each name")
+            if name == key and text.peek("["):
+                found[name] = []
+                text.skip_value()
+            else:
+                found[name] = text.take_value(limit)
+        if text.peek(""):
+            raise text.refuse("more behind the end of the object", "nothing there")
+    except EntryRefused as problem:
+        if found.get(key) != []:
+            raise
+        return found, problem
+    return found, None
+
+
+def iter_inside(file: BinaryIO, key: str, limit: int) -> Iterator[tuple[object, EntryRefused | None]]:
+    """`iter_elements` of the list under `key` of the object in `file`; nothing where there is no such list."""
+    text = _Text(file, "object")
+    try:
+        for name in _iter_names(text, limit):
+            if name == key and text.peek("["):
+                yield from _take_elements(text, limit)
+                return
+            text.skip_value()
+    except EntryRefused as problem:
+        yield None, problem
+
+
+def _iter_names(text: _Text, limit: int) -> Iterator[str]:
+    """The names of an object's members; the value of each is to be taken before the next."""
+    text.take("{")
+    is_first = True
+    while not text.peek("}"):
+        if not is_first:
+            text.take(",")
+        is_first = False
+        if not text.peek('"'):
+            raise text.refuse("no whole JSON object", "a name in quotes")
+        name = cast("str", text.take_value(limit))
+        text.take(":")
+        yield name
+    text.take("}")
+
+
+def _take_elements(text: _Text, limit: int) -> Iterator[tuple[object, EntryRefused | None]]:
+    text.take("[")
+    is_first = True
+    while not text.peek("]"):
+        if not is_first:
+            text.take(",")
+        is_first = False
+        try:
+            yield text.take_value(limit), None
+        except EntryRefused as problem:
+            if problem.reason != "too_large":
+                raise
+            yield None, problem
+            text.skip_value()
+    text.take("]")
+
+
 class _Text:
     """The text of a file, of which `buffer` from `at` on is in memory."""
 
-    def __init__(self, file: BinaryIO) -> None:
+    def __init__(self, file: BinaryIO, whole: str = "list") -> None:
         self.file = file
+        self.whole = whole
         self.decoder = codecs.getincrementaldecoder("utf-8-sig")()
         self.json = json.JSONDecoder()
         self.buffer, self.at, self.is_over = "", 0, False
@@ -100,7 +159,7 @@ class _Text:
 
     def take(self, mark: str) -> None:
         if not self.peek(mark):
-            raise self.refuse("no whole JSON list", f"`{mark}`")
+            raise self.refuse(f"no whole JSON {self.whole}", f"`{mark}`")
         self.at += 1
 
     def take_value(self, limit: int) -> object:
@@ -144,7 +203,7 @@ class _Text:
             ends = found.end() if found else self.at
             self.at = len(self.buffer) - (self.buffer.endswith("\\") and ends < len(self.buffer))
             if not self.grow():
-                raise self.refuse("no whole JSON list", "its end")
+                raise self.refuse(f"no whole JSON {self.whole}", "its end")
 
     def refuse(self, what: str, expected: str, at: int | None = None) -> EntryRefused:
         place = self.at if at is None else at

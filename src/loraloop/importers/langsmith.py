@@ -12,8 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar
 
+from loraloop.chat.refused_entry import EntryRefused, show
 from loraloop.episode import Episode
-from loraloop.importers.entry import EntryRefused, require_clean, show
+from loraloop.importers.entry import require_clean
 from loraloop.importers.json_input import opening_keys
 from loraloop.importers.model_io import ModelCall, as_finish, read_request, read_response, to_tools
 from loraloop.importers.span_tree import Score, Span, SpanKind, Trace, try_call

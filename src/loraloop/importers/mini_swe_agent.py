@@ -12,12 +12,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar
 
+from loraloop.chat.openai_messages import take_messages
 from loraloop.episode import AnyOutcome, Episode, EpisodeMetadata, Success, Timeout, Unknown
 from loraloop.files import content_hash
 from loraloop.importers.agent_turns import as_object, require_list, times_of
 from loraloop.importers.entry import Entry, convert_entries, find_id, require_clean, require_object, to_tags
 from loraloop.importers.json_input import first_object_keys, is_by_line, iter_entries, load_document
-from loraloop.importers.openai_messages import take_messages
 from loraloop.importers.swe_bench import find_instance, find_verdict
 from loraloop.training_data import Refusal
 

@@ -13,9 +13,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar
 
+from loraloop.chat.refused_entry import EntryRefused, show
 from loraloop.episode import Episode
 from loraloop.importers.chat_dialects import find_json, to_raw_messages
-from loraloop.importers.entry import Entry, EntryRefused, require_clean, show
+from loraloop.importers.entry import Entry, require_clean
 from loraloop.importers.json_input import iter_entries, opening_keys
 from loraloop.importers.model_io import ModelCall, find_tools, read_request, read_response, to_tools
 from loraloop.importers.otel_conventions import agent_of, kind_of, read_call

@@ -9,8 +9,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 
+from loraloop.chat.refused_entry import EntryRefused, show
 from loraloop.importers.chat_dialects import REBUILT, RawMessage, assistant_message, find_json, to_raw_messages
-from loraloop.importers.entry import EntryRefused, show
 
 REDACTED = "__REDACTED__"
 """What OpenInference writes where it was told to hide content."""

@@ -17,13 +17,14 @@ from typing import ClassVar, cast
 
 from pydantic import JsonValue
 
+from loraloop.chat.openai_messages import take_messages, take_tools
+from loraloop.chat.refused_entry import EntryRefused, show
 from loraloop.episode import Episode, EpisodeMetadata
 from loraloop.importers.agent_turns import as_list, as_object, times_of, to_tools
 from loraloop.importers.anthropic import is_anthropic
 from loraloop.importers.call_log import ToldTurns, to_task_id
-from loraloop.importers.entry import Entry, EntryRefused, convert_entries, find_id, require_clean, require_object, show, to_tags
+from loraloop.importers.entry import Entry, convert_entries, find_id, require_clean, require_object, to_tags
 from loraloop.importers.json_input import first_object_keys, iter_entries
-from loraloop.importers.openai_messages import take_messages, take_tools
 from loraloop.importers.responses_items import Items
 from loraloop.training_data import Refusal
 

@@ -8,21 +8,26 @@ What a line says beyond messages, tools and task becomes tags; nothing is droppe
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal, cast
 
-from pydantic import JsonValue
+from pydantic import JsonValue, TypeAdapter
 
+from loraloop.chat.openai_messages import Taken, require_turns, take_messages, take_tools
+from loraloop.chat.refused_entry import EntryRefused, find_finite, show
 from loraloop.episode import Episode, EpisodeMetadata, Failure, Message, Success
 from loraloop.files import canonical_json
 from loraloop.importers.anthropic import is_anthropic
-from loraloop.importers.entry import EntryRefused, convert_entries, find_finite, ignored_tag, require_clean, show
+from loraloop.importers.entry import convert_entries, ignored_tag, require_clean
 from loraloop.importers.exported import KEY, Exported
 from loraloop.importers.json_input import count_entries, iter_entries, opening_keys
 from loraloop.importers.null_padding import without_padded_arguments, without_padding
 from loraloop.importers.openai_calls import is_call_log
-from loraloop.importers.openai_messages import take_messages, take_tools
+from loraloop.importers.plain_messages import find_plain
 from loraloop.importers.react import find_verdict, has_observation
+from loraloop.importers.remembered import Remembered
+from loraloop.importers.repeated import Repeated
 from loraloop.training_data import Refusal
 
 MAX_TAG_CHARS = 1000
@@ -34,6 +39,7 @@ _VERDICTS = {"reward", "reward_info", "outcome", "success", "kto_tag", "is_corre
 _PREFERENCES = {"rejected_message", "rejected", "chosen", "preferred_output", "non_preferred_output"}
 _MEDIA = {"images", "videos", "audios"}
 _OTHER_FORMATS = {"trajectory_format", "termination_reason"}
+_SCHEMAS = TypeAdapter(tuple[dict[str, JsonValue], ...])
 _OTHER_MARKS = ('"mini_version"', '"model_stats"')
 
 
@@ -63,43 +69,84 @@ class OpenAIChatImporter:
 
     def read(self, path: Path) -> Iterator[Episode | Refusal]:
         """One Episode or Refusal for each line that is not blank, in order. Raises ImportFailed for an unreadable file."""
-        return convert_entries(path, iter_entries(path), _to_episode)
+        return convert_entries(path, iter_entries(path, Repeated("tools").parse), _Reading().to_episode)
 
     def read_scored(self, path: Path, key: str) -> Iterator[Episode | Refusal]:
         """`read` of lines whose `key` says how they ended: they need not be demonstrations, and it becomes a tag."""
-        return convert_entries(path, iter_entries(path), lambda row: _to_episode(row, key))
+        return convert_entries(path, iter_entries(path, Repeated("tools").parse), _Reading(key).to_episode)
 
 
-def _to_episode(row: object, score_key: str | None = None) -> Episode:
-    if not isinstance(row, dict) or "messages" not in row:
-        keys = f"keys {show(sorted(row))}" if isinstance(row, dict) else show(row)
-        raise EntryRefused("bad_shape", keys, "an object with `messages`", "write one conversation a line, or give its --format")
-    if KEY in row:
-        return _restore(row)
-    weight = _find_weight(row.get("weight"))
-    require_clean({key: value for key, value in row.items() if key != "weight"})
-    _require_demonstration(row if score_key is None else {key: value for key, value in row.items() if key != score_key})
-    tools, n_keys = without_padding(take_tools(row.get("tools"), row.get("functions")))
-    raw, n_arguments = without_padded_arguments(row["messages"], tools)
-    taken = take_messages(raw, "messages")
-    require_own_words(taken.messages)
-    if score_key is None:
-        _require_no_failed_end(taken.messages)
-    extra, ignored = _other_keys(row)
-    task_id = _find_task_id(row)
-    notes = {"decoded_arguments": taken.n_decoded, "padded_keys_removed": n_keys + n_arguments}
-    tags = {"format": OpenAIChatImporter.name, "outcome_from": "format", **extra, **ignored_tag(taken.ignored | ignored)}
-    tags |= {name: str(count) for name, count in notes.items() if count}
-    if weight is not None:
-        tags["weight"] = str(weight)
-    return Episode(
-        task_id=task_id,
-        group_id=task_id,
-        messages=tuple(taken.messages),
-        tools=cast("tuple[dict[str, JsonValue], ...]", tools),
-        outcome=Success(1.0),
-        metadata=EpisodeMetadata(tags=dict(sorted(tags.items()))),
-    )
+@dataclass(frozen=True)
+class _Tools:
+    """The tool schemas of a line as an Episode has them, and how many padded keys were taken out."""
+
+    schemas: tuple[dict[str, JsonValue], ...]
+    n_keys: int
+
+
+class _Reading:
+    """Makes episodes of the lines of one file, whose tool schemas are mostly the same. `score_key` says how each line ended."""
+
+    def __init__(self, score_key: str | None = None) -> None:
+        self._score_key = score_key
+        self._find_clean_tools = Remembered(_find_clean_tools)
+
+    def to_episode(self, row: object) -> Episode:
+        """The episode of a line; refused where it is none."""
+        if not isinstance(row, dict) or "messages" not in row:
+            keys = f"keys {show(sorted(row))}" if isinstance(row, dict) else show(row)
+            raise EntryRefused("bad_shape", keys, "an object with `messages`", "write one conversation a line, or give its --format")
+        if KEY in row:
+            return _restore(row)
+        weight = _find_weight(row.get("weight"))
+        messages, tools = find_plain(row["messages"]), self._find_clean_tools(row.get("tools"))
+        is_seen = {"weight": True, "messages": messages is not None, "tools": tools is not None}
+        require_clean({key: value for key, value in row.items() if not is_seen.get(key)})
+        _require_demonstration({key: value for key, value in row.items() if key != self._score_key} if self._score_key else row)
+        if tools is None or row.get("functions"):
+            tools = _take_tools(row.get("tools"), row.get("functions"))
+        taken, n_arguments = _take_messages(row["messages"], messages, tools)
+        require_own_words(taken.messages)
+        if self._score_key is None:
+            _require_no_failed_end(taken.messages)
+        extra, ignored = _other_keys(row)
+        task_id = _find_task_id(row)
+        notes = {"decoded_arguments": taken.n_decoded, "padded_keys_removed": tools.n_keys + n_arguments}
+        tags = {"format": OpenAIChatImporter.name, "outcome_from": "format", **extra, **ignored_tag(taken.ignored | ignored)}
+        tags |= {name: str(count) for name, count in notes.items() if count}
+        if weight is not None:
+            tags["weight"] = str(weight)
+        episode = Episode(
+            task_id=task_id,
+            group_id=task_id,
+            messages=tuple(taken.messages),
+            outcome=Success(1.0),
+            metadata=EpisodeMetadata(tags=dict(sorted(tags.items()))),
+        )
+        return episode.model_copy(update={"tools": tools.schemas})  # which were validated once for all lines
+
+
+def _take_tools(tools: object, functions: object = None) -> _Tools:
+    schemas, n_keys = without_padding(take_tools(tools, functions))
+    return _Tools(_SCHEMAS.validate_python(schemas), n_keys)
+
+
+def _find_clean_tools(raw: object) -> _Tools | None:
+    """The tools in `raw`; None where there is something to refuse, which is told in its turn."""
+    try:
+        require_clean({"tools": raw})
+        return _take_tools(raw)
+    except EntryRefused:
+        return None
+
+
+def _take_messages(raw: object, plain: tuple[Message, ...] | None, tools: _Tools) -> tuple[Taken, int]:
+    """(the messages, how many padded arguments were taken out); plain ones have none."""
+    if plain is not None:
+        require_turns(plain, "messages")
+        return Taken(list(plain)), 0
+    unpadded, n_arguments = without_padded_arguments(raw, cast("tuple[dict[str, object], ...]", tools.schemas))
+    return take_messages(unpadded, "messages"), n_arguments
 
 
 def _restore(row: dict[str, object]) -> Episode:
@@ -120,7 +167,8 @@ def require_own_words(messages: Sequence[Message]) -> None:
 
 def _require_demonstration(row: dict[str, object]) -> None:
     """Refuse lines that mean something else than "learn this": booking them as a success would train on the wrong thing."""
-    for key in (key for key, value in row.items() if value not in (None, "", [], {})):
+    telling = _VERDICTS | _PREFERENCES | _MEDIA | {"system", "choices"}
+    for key in (key for key, value in row.items() if key in telling and value not in (None, "", [], {})):
         found = f"the key `{key}` = {show(row[key])}"
         if key in _VERDICTS | _PREFERENCES:
             advice = f"keep the lines worth learning and remove `{key}` from them, or import with a format that reads it"

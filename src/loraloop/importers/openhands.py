@@ -19,11 +19,12 @@ from typing import ClassVar, Literal, cast
 
 from pydantic import JsonValue
 
+from loraloop.chat.openai_messages import take_messages
+from loraloop.chat.refused_entry import EntryRefused, show
 from loraloop.episode import AnyOutcome, Episode, EpisodeMetadata, Failure, Success, Timeout, Unknown
 from loraloop.importers.agent_turns import as_list, as_object, require_list, times_of, to_tools
-from loraloop.importers.entry import Entry, EntryRefused, convert_entries, find_id, require_clean, require_object, show, to_tags
+from loraloop.importers.entry import Entry, convert_entries, find_id, require_clean, require_object, to_tags
 from loraloop.importers.json_input import first_object_keys, is_by_line, iter_entries, load_document, opening_keys
-from loraloop.importers.openai_messages import take_messages
 from loraloop.training_data import Refusal
 
 _KNOWN = {"instance_id", "test_result", "instruction", "metadata", "history", "metrics", "error", "instance", "report"}

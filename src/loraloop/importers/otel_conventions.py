@@ -11,9 +11,9 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 
+from loraloop.chat.refused_entry import EntryRefused, find_finite, show
 from loraloop.importers.call_threads import GAP
 from loraloop.importers.chat_dialects import RawMessage, assistant_message, find_json, to_raw_messages
-from loraloop.importers.entry import EntryRefused, find_finite, show
 from loraloop.importers.model_io import REDACTED, ModelCall, as_finish, read_request, read_response, to_tools, with_system
 from loraloop.importers.otlp_wire import Event
 from loraloop.importers.span_tree import Score, SpanKind

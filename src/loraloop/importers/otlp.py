@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar
 
+from loraloop.chat.refused_entry import EntryRefused
 from loraloop.episode import Episode
-from loraloop.importers.entry import EntryRefused
 from loraloop.importers.json_input import opening_keys
 from loraloop.importers.otel_conventions import agent_of, kind_of, read_call, scores_of, session_of, task_of
 from loraloop.importers.otlp_wire import Event, WireSpan, iter_spans, trace_ids

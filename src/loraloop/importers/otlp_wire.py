@@ -12,7 +12,8 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from loraloop.importers.entry import MAX_DEPTH, EntryRefused, require_clean, show
+from loraloop.chat.refused_entry import EntryRefused, show
+from loraloop.importers.entry import MAX_DEPTH, require_clean
 
 TRACE_ID_BYTES, SPAN_ID_BYTES = 16, 8
 

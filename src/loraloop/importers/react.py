@@ -9,8 +9,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from loraloop.chat.refused_entry import EntryRefused, shorten
 from loraloop.episode import AnyOutcome, Failure, Message, Success
-from loraloop.importers.entry import EntryRefused, shorten
 
 _LABEL = re.compile(r"^(Thought|Action|Observation)(?: \d+)?:", re.MULTILINE)
 _VERDICT = re.compile(r"\bEpisode finished, reward = (True|False|[0-9.]+)\s*$")
@@ -24,6 +24,8 @@ class _Part:
 
 def has_observation(text: str) -> bool:
     """Whether an observation follows an action in `text`: a turn that is said to be the agent's alone then holds another's words."""
+    if "Observation" not in text or "Action" not in text:
+        return False
     labels = [part.label for part in _to_parts(text)]
     return "Action" in labels and "Observation" in labels[labels.index("Action") :]
 
@@ -57,7 +59,7 @@ def split_trace(text: str) -> list[Message]:
 
 def find_verdict(text: str) -> AnyOutcome | None:
     """What the last words of an observation say of the whole episode, `Episode finished, reward = True`; None when they say nothing."""
-    found = _VERDICT.search(text)
+    found = _VERDICT.search(text) if "Episode finished" in text else None
     if found is None:
         return None
     solved = found[1] == "True" or (found[1] != "False" and _to_number(found[1]) >= 1)

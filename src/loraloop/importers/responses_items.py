@@ -11,8 +11,9 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 
+from loraloop.chat.refused_entry import EntryRefused, show
 from loraloop.importers.agent_turns import as_list, as_object, to_call
-from loraloop.importers.entry import EntryRefused, require_object, show
+from loraloop.importers.entry import require_object
 
 _TEXT = ("input_text", "output_text", "text", "summary_text", "reasoning_text")
 _CALLS = ("function_call", "custom_tool_call", "local_shell_call")

@@ -15,9 +15,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Self
 
+from loraloop.chat.refused_entry import EntryRefused, find_finite, show
 from loraloop.episode import AnyOutcome, Episode, Failure, Success, Timeout, Unknown
 from loraloop.errors import SettingsError
-from loraloop.importers.entry import EntryRefused, find_finite, show, with_content_id
+from loraloop.importers.entry import with_content_id
 
 _LETTERS = {"C": 1.0, "P": 0.5, "I": 0.0, "N": 0.0}
 _SCALE = re.compile(r"\s*(-?[\d.]*\d(?:e[+-]?\d+)?)\s*\.\.\s*(-?[\d.]*\d(?:e[+-]?\d+)?)\s*")

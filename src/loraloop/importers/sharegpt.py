@@ -14,12 +14,13 @@ from typing import ClassVar, Literal, cast
 
 from pydantic import JsonValue
 
+from loraloop.chat.openai_messages import take_messages, take_tools
+from loraloop.chat.refused_entry import EntryRefused, show
 from loraloop.episode import Episode, EpisodeMetadata, Success
-from loraloop.importers.entry import EntryRefused, convert_entries, require_clean, require_object, require_text, show, to_tags
+from loraloop.importers.entry import convert_entries, require_clean, require_object, require_text, to_tags
 from loraloop.importers.json_input import count_entries, iter_entries, opening_keys
 from loraloop.importers.null_padding import without_padded_arguments, without_padding
 from loraloop.importers.openai_chat import require_own_words
-from loraloop.importers.openai_messages import take_messages, take_tools
 from loraloop.training_data import Refusal
 
 _ROLES = {

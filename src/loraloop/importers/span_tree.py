@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
-from loraloop.importers.entry import EntryRefused, show
+from loraloop.chat.refused_entry import EntryRefused, show
 from loraloop.importers.model_io import ModelCall
 
 MAX_SPAN_DEPTH = 500

@@ -21,11 +21,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+from loraloop.chat.openai_messages import take_messages
+from loraloop.chat.refused_entry import EntryRefused, show
 from loraloop.episode import AnyOutcome, Episode, EpisodeMetadata, Success, Timeout, Unknown
 from loraloop.importers.agent_turns import as_list, as_object
-from loraloop.importers.entry import Entry, EntryRefused, convert_entries, require_clean, require_object, show, to_tags
+from loraloop.importers.entry import Entry, convert_entries, require_clean, require_object, to_tags
 from loraloop.importers.json_input import first_object_keys, load_document
-from loraloop.importers.openai_messages import take_messages
 from loraloop.importers.swe_bench import find_instance, find_verdict
 from loraloop.training_data import Refusal
 

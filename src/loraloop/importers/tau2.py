@@ -18,22 +18,13 @@ from typing import ClassVar, cast
 
 from pydantic import JsonValue
 
+from loraloop.chat.openai_messages import take_messages
+from loraloop.chat.refused_entry import EntryRefused, find_finite, show
 from loraloop.episode import AnyOutcome, Episode, EpisodeMetadata, Success, Timeout, Unknown
 from loraloop.errors import ImportFailed
 from loraloop.importers.agent_turns import as_list, as_object, require_list, times_of, to_call, to_outcome, to_tools
-from loraloop.importers.entry import (
-    Entry,
-    EntryRefused,
-    convert_entries,
-    find_finite,
-    find_id,
-    require_clean,
-    require_object,
-    show,
-    to_tags,
-)
-from loraloop.importers.json_input import first_object_keys, load_document
-from loraloop.importers.openai_messages import take_messages
+from loraloop.importers.entry import Entry, convert_entries, find_id, require_clean, require_object, to_tags
+from loraloop.importers.json_input import first_object_keys, load_document, load_with_list
 from loraloop.training_data import Refusal
 
 RESULTS_FILE = "results.json"
@@ -70,7 +61,7 @@ class Tau2Importer:
 
     def read(self, path: Path) -> Iterator[Episode | Refusal]:
         """One Episode or Refusal for each run, in order. Raises ImportFailed for a file that is no JSON or no results."""
-        document = load_document(path)
+        document, long_list = load_with_list(path, "simulations", "entry")
         if not isinstance(document, dict):
             raise ImportFailed(
                 f"{path}: found {show(document)}; expected {{info, tasks, simulations}}; do this: give a results file of tau2"
@@ -79,7 +70,7 @@ class Tau2Importer:
             setting = _Setting.of(_load_results(path.parent.parent / RESULTS_FILE))
             entries: Iterator[Entry] = iter([Entry("entry 1", document)])
         else:
-            setting, entries = _Setting.of(document), _iter_runs(path, document)
+            setting, entries = _Setting.of(document), long_list or _iter_runs(path, document)
         yield from convert_entries(path, entries, lambda run: _to_episode(run, setting))
 
 

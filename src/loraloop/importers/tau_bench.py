@@ -11,10 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar
 
+from loraloop.chat.openai_messages import take_messages
+from loraloop.chat.refused_entry import EntryRefused, find_finite, show
 from loraloop.episode import AnyOutcome, Episode, EpisodeMetadata, Failure, Success, Unknown
-from loraloop.importers.entry import EntryRefused, convert_entries, find_finite, find_id, ignored_tag, require_clean, show
+from loraloop.importers.entry import convert_entries, find_id, ignored_tag, require_clean
 from loraloop.importers.json_input import first_object_keys, iter_list
-from loraloop.importers.openai_messages import take_messages
 from loraloop.training_data import Refusal
 
 SUCCESS_REWARD = 1 - 1e-6

@@ -13,12 +13,13 @@ from typing import cast
 
 from pydantic import JsonValue
 
+from loraloop.chat.openai_messages import Taken, take_messages, take_tools
+from loraloop.chat.refused_entry import EntryRefused, show
 from loraloop.episode import Episode, EpisodeMetadata, LlmCallRecord, Message
 from loraloop.files import content_hash
 from loraloop.importers.call_threads import GAP, Thread, ThreadCall, is_told, make_threads, wording
 from loraloop.importers.chat_dialects import NOTES, REBUILT, RawMessage
-from loraloop.importers.entry import Entry, EntryRefused, convert_entries, require_clean, show, to_tags
-from loraloop.importers.openai_messages import Taken, take_messages, take_tools
+from loraloop.importers.entry import Entry, convert_entries, require_clean, to_tags
 from loraloop.importers.span_tree import Score, Span, SpanTree, Trace
 from loraloop.importers.trace_scores import outcome_of
 from loraloop.training_data import Refusal

@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from loraloop.importers.entry import EntryRefused
+from loraloop.chat.refused_entry import EntryRefused
 from loraloop.importers.json_input import iter_entries
 
 Part = TypeVar("Part")

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from loraloop.chat.refused_entry import find_finite
 from loraloop.episode import AnyOutcome, Failure, Success, Unknown
-from loraloop.importers.entry import find_finite
 from loraloop.importers.span_tree import Score
 
 OUTCOME_NAMES = (

@@ -17,12 +17,13 @@ from typing import ClassVar, Literal, cast
 
 from pydantic import JsonValue
 
+from loraloop.chat.openai_messages import take_messages, take_tools
+from loraloop.chat.refused_entry import EntryRefused, find_finite, show
 from loraloop.episode import AnyOutcome, Episode, EpisodeMetadata, Failure, Success, Unknown
 from loraloop.files import content_hash
-from loraloop.importers.entry import EntryRefused, convert_entries, find_finite, find_id, require_clean, require_object, show, to_tags
+from loraloop.importers.entry import convert_entries, find_id, require_clean, require_object, to_tags
 from loraloop.importers.json_input import count_entries, iter_entries, opening_keys
 from loraloop.importers.null_padding import without_padded_arguments, without_padding
-from loraloop.importers.openai_messages import take_messages, take_tools
 from loraloop.training_data import Refusal
 
 FULL_REWARD = 1 - 1e-6

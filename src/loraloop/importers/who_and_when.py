@@ -13,17 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar
 
+from loraloop.chat.refused_entry import EntryRefused, show
 from loraloop.episode import AnyOutcome, Episode, EpisodeMetadata, Failure, Message, Success
-from loraloop.importers.entry import (
-    EntryRefused,
-    convert_entries,
-    find_id,
-    require_clean,
-    require_object,
-    require_text,
-    show,
-    to_tags,
-)
+from loraloop.importers.entry import convert_entries, find_id, require_clean, require_object, require_text, to_tags
 from loraloop.importers.json_input import iter_entries, opening_keys
 from loraloop.training_data import Refusal
 

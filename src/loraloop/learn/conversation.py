@@ -4,10 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from loraloop.episode import CONVERSATION, ActionRecord, AnyRecord, Episode, Failure, LlmCallRecord, Message, Outcome, Success, Unknown
+from loraloop.episode import (
+    CONVERSATION,
+    ActionRecord,
+    AnyRecord,
+    Episode,
+    Failure,
+    LlmCallRecord,
+    Message,
+    Outcome,
+    Success,
+    Unknown,
+    longest_call,
+)
 from loraloop.learn.outcome_rules import OutcomeSettings
 from loraloop.learn.record_stream import RecordStream, is_done
-from loraloop.learn.transcript import Transcript, TranscriptLearn, conversation_of, longest_call
+from loraloop.learn.transcript import Transcript, TranscriptLearn, conversation_of
 from loraloop.training_data import Refusal
 
 

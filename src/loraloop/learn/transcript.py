@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from loraloop.episode import AnyRecord, Episode, LlmCallRecord, Message, Outcome
+from loraloop.episode import AnyRecord, Episode, LlmCallRecord, Message, Outcome, longest_call
 from loraloop.learn.outcome_rules import Meaning, OutcomeSettings, judge, recorded_weight, score_of
 from loraloop.learn.record_stream import RecordStream
 from loraloop.training_data import Method, Refusal, TrainingData
@@ -150,11 +150,6 @@ def is_rewritten(calls: Sequence[LlmCallRecord]) -> bool:
         if whole[n_before] == _wording(call.response):
             answered.add(n_before)
     return answered != lengths
-
-
-def longest_call(calls: Sequence[LlmCallRecord]) -> LlmCallRecord | None:
-    """The call with the longest history; of one that was tried again, the last try."""
-    return max(reversed(calls), key=lambda call: len(call.messages), default=None)
 
 
 def carries_loss(message: Message) -> bool:

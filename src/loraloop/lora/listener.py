@@ -12,7 +12,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from loraloop.errors import EmptyData, LoraTrainerError, ProcessFailed, TrainingStopped
-from loraloop.lora.process import Log
+from loraloop.log_file import Log
+from loraloop.lora.process import open_log
 from loraloop.lora.report_to import Reporter
 from loraloop.lora.runs import EVENTS_FILE, Run, RunState, RunStatus
 from loraloop.training_record import TrainingEvent
@@ -43,7 +44,7 @@ class Listener:
         """The run begins, or goes on, and is held by this process."""
         self._reporters = reporters
         if self._run is not None:
-            self._events = Log(self._run.path / EVENTS_FILE)
+            self._events = open_log(self._run.path / EVENTS_FILE)
             self._status = self._run.status
 
     def started(self, pid: int) -> None:

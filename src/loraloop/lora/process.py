@@ -19,8 +19,9 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from loraloop import guard
 from loraloop.errors import TAIL_LINES, LoraTrainerError, ProcessFailed
-from loraloop.lora import guard
+from loraloop.log_file import Log
 
 MAX_LINE = 4_000
 """Characters of one line that are looked at or shown; the log has all of them."""
@@ -46,7 +47,7 @@ async def run_process(
     if shutil.which(argv[0]) is None:
         raise ProcessFailed(127, "", log_path, f"{argv[0]} cannot be started: no such program; see python_path")
     out, err = _Lines(on_line), _Lines()
-    with contextlib.closing(Log(log_path, LOG_BYTES)) as log:
+    with contextlib.closing(open_log(log_path, LOG_BYTES)) as log:
         transport, child = await asyncio.get_running_loop().subprocess_exec(
             lambda: _Child(log, {1: out, 2: err}),
             *(sys.executable, "-I", "-S", guard.__file__, *argv),
@@ -68,48 +69,12 @@ async def run_process(
         raise ProcessFailed(code, "\n".join(said), log_path)
 
 
-class Log:
-    """A file of at most `max_bytes`, and the one before it. When it cannot be written to any more, `failure` says why, and it is silent."""
-
-    def __init__(self, path: Path, max_bytes: int | None = None) -> None:
-        self.path = path
-        self.failure: OSError | None = None
-        self._max_bytes = max_bytes
-        try:
-            is_torn = _is_torn(path)
-            self._file = path.open("ab")
-            if is_torn:  # what a killed process wrote last
-                self._file.write(b"\n")
-        except OSError as error:
-            raise LoraTrainerError(f"the log {path} cannot be written: {error.strerror}; nothing was started") from error
-
-    def write(self, piece: bytes) -> None:
-        """Append `piece`, and put it where other processes see it."""
-        if self.failure is not None:
-            return
-        try:
-            if self._max_bytes is not None and self._file.tell() + len(piece) > self._max_bytes and self._file.tell():
-                self._file.close()
-                os.replace(self.path, self.path.with_name(self.path.name + ".1"))
-                self._file = self.path.open("ab")
-            self._file.write(piece)
-            self._file.flush()
-        except (OSError, ValueError) as error:
-            self.failure = error if isinstance(error, OSError) else OSError(str(error))
-
-    def close(self) -> None:
-        """No more comes."""
-        with contextlib.suppress(OSError):
-            self._file.close()
-
-
-def _is_torn(path: Path) -> bool:
-    """Whether a file of lines ends within one."""
-    if not path.is_file() or not path.stat().st_size:
-        return False
-    with path.open("rb") as file:
-        file.seek(-1, os.SEEK_END)
-        return file.read(1) != b"\n"
+def open_log(path: Path, max_bytes: int | None = None) -> Log:
+    """The log of a training. Raises LoraTrainerError when it cannot be written."""
+    try:
+        return Log(path, max_bytes)
+    except OSError as error:
+        raise LoraTrainerError(f"the log {path} cannot be written: {error.strerror}; nothing was started") from error
 
 
 class _Lines:

@@ -131,8 +131,13 @@ class LoraTrainer:
         training, held_out = split_by_task(samples, self._options.held_out_fraction, self._options.held_out_min_tasks)
         return Samples(training, held_out, dict(refused), method=method)
 
-    async def train_samples(self, samples: Samples, learn_model_name: str, *, on_event: OnEvent | None = None) -> TrainedModel:
-        """Train on samples that are made already. Raises EmptyData, ScriptNotFound, TrainingStopped and ProcessFailed."""
+    async def train_samples(
+        self, samples: Samples, learn_model_name: str, *, on_event: OnEvent | None = None, model_id: LoraModelId | None = None
+    ) -> TrainedModel:
+        """Train on samples that are made already. Raises EmptyData, ScriptNotFound, TrainingStopped and ProcessFailed.
+
+        `model_id` is for a caller who has written down what it begins: a second training of that id raises LoraTrainerError.
+        """
         self._check_script()
         if not samples.training:
             raise EmptyData("No training data generated from episodes", samples.refused)
@@ -142,7 +147,7 @@ class LoraTrainer:
                 f"early_stop={self._options.early_stop}: nothing is held out to stop by; it takes {self._options.held_out_min_tasks} tasks "
                 "or more, and a held_out_fraction above 0"
             )
-        model_id = LoraModelId.new()
+        model_id = model_id or LoraModelId.new()
         data_path = await asyncio.to_thread(self.write_training_data, samples.training, model_id)
         held_out_path = None
         if samples.held_out and self._config.train_script is None:

@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from sqlalchemy import Connection, Engine, insert, inspect, select
-from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+from sqlalchemy.exc import SQLAlchemyError, StatementError
 
 from loraloop.errors import StoreError
 from loraloop.store import schema
@@ -54,7 +54,9 @@ class Database(ABC):
         except Exception as error:
             if not isinstance(error, (SQLAlchemyError, *self.errors)):
                 raise
-            cause = error.orig if isinstance(error, DBAPIError) and error.orig else error
+            cause = (error.orig if isinstance(error, StatementError) else None) or error
+            if isinstance(cause, (OverflowError, UnicodeEncodeError)):
+                raise StoreError(self.too_large(cause)) from error
             if self.is_lost(cause):
                 self._closed = True
             raise StoreError(f"{self.where}: {self.advise(cause)} ({str(cause).strip()})") from error

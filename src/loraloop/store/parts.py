@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import marshal
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, cast
@@ -30,8 +30,8 @@ COMPRESS_BYTES = 128
 """Shorter texts do not become smaller."""
 LEVEL = 3
 """Of zstd, its own default."""
-MAX_CACHED_BYTES = 1 << 15
-"""Of a tool schema that is remembered; 256 of them are."""
+MAX_CACHED_BYTES = 1 << 16
+"""Of an episode's tool schemas that are remembered; those of 128 episodes are."""
 MAX_TEXT_BYTES = 1 << 31
 """No text of ours is longer; a frame that claims more is damaged."""
 
@@ -86,7 +86,7 @@ def encode(episode: Episode) -> Encoded:
         body = b'{"is_open":%s,"messages":%s,"tools":%s,"records":%s}' % (
             b"true" if episode.is_open else b"false",
             _list(take(_to_utf8_fast(message)) for message in messages),
-            _list(take(*_tool(tool)) for tool in episode.tools),
+            _list(take(*tool) for tool in _tools(episode.tools)),
             _list(_record(record, part) for record in records),
         )
     except (ValueError, TypeError) as error:  # pydantic's own serialization error is a ValueError
@@ -185,21 +185,24 @@ def _list(texts: Iterable[bytes]) -> bytes:
     return b"[" + b",".join(texts) + b"]"
 
 
-def _tool(tool: Mapping[str, object]) -> tuple[bytes, bytes]:
-    """A tool schema's text and key; those that many episodes have are made once. Equal bytes of marshal are equal values, to the type."""
+def _tools(tools: tuple[Mapping[str, object], ...]) -> Sequence[tuple[bytes, bytes]]:
+    """The text and key of each; those that many episodes have are made once. Equal bytes of marshal are equal values, to the type."""
     try:
-        marshalled = marshal.dumps(cast("Any", tool), 2)
+        marshalled = marshal.dumps(cast("Any", tools), 2)
     except ValueError:  # of a type that JSON has not either
         marshalled = b""
     if 0 < len(marshalled) < MAX_CACHED_BYTES:
-        return _tool_again(marshalled)
+        return _tools_again(marshalled)
+    return [_tool(tool) for tool in tools]
+
+
+@lru_cache(maxsize=128)
+def _tools_again(marshalled: bytes) -> Sequence[tuple[bytes, bytes]]:
+    return [_tool(tool) for tool in marshal.loads(marshalled)]  # noqa: S302  it is ours, of a moment ago
+
+
+def _tool(tool: Mapping[str, object]) -> tuple[bytes, bytes]:
     text = _to_utf8(tool)
-    return text, key_of(text)
-
-
-@lru_cache(maxsize=256)
-def _tool_again(marshalled: bytes) -> tuple[bytes, bytes]:
-    text = _to_utf8(marshal.loads(marshalled))  # noqa: S302  it is ours, of a moment ago
     return text, key_of(text)
 
 

@@ -28,6 +28,7 @@ _ADVICE = {
         f"another process has been writing to it for more than {database.BUSY_SECONDS:.0f} s; "
         "wait for that process or end it (pg_stat_activity names it), then try again"
     ),
+    "22003": "a value to store or to filter by does not fit; times and counts are below 2**63",
     "25006": "the server takes no writes; give the address of the primary one",
     "42501": "this user may not do that; grant it, or give another user in the URL",
     "28P01": "the password is wrong; put the right one into the URL, ~/.pgpass or PGPASSWORD",

@@ -10,12 +10,13 @@ What a Message has no place for is refused when the agent saw or said it (images
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, cast
 
+from loraloop.chat.refused_entry import EntryRefused, find_finite, show
 from loraloop.episode import FunctionCall, Message, ToolCall
 from loraloop.files import canonical_json
-from loraloop.importers.entry import EntryRefused, find_finite, show
 
 Role = Literal["system", "user", "assistant", "tool"]
 
@@ -60,15 +61,20 @@ def take_messages(raw: object, key: str) -> Taken:
         raise EntryRefused("bad_shape", f"{key} = {show(raw)}", "a list of messages", f"write `{key}` as a list of objects")
     taken = Taken()
     for number, item in enumerate(raw, 1):
-        message, n_decoded = _decode_twice_encoded(_to_message(item, f"{key} {number}"), f"{key} {number}")
+        message, n_decoded = _decode_twice_encoded(to_message(item, f"{key} {number}"), f"{key} {number}")
         taken.messages.append(message)
         taken.n_decoded += n_decoded
         taken.ignored |= _ignored_keys(item, key)
-    if not any(message.is_agent for message in taken.messages):
-        found = f"{len(raw)} messages, none of them a turn of the agent"
-        raise EntryRefused("no_agent_turn", found, "at least one with role assistant", "leave it out: there is nothing to learn")
-    require_paired(taken.messages, key)
+    require_turns(taken.messages, key)
     return taken
+
+
+def require_turns(messages: Sequence[Message], key: str) -> None:
+    """Refuse messages none of which is the agent's (`no_agent_turn`), and what `require_paired` refuses."""
+    if not any(message.is_agent for message in messages):
+        found = f"{len(messages)} messages, none of them a turn of the agent"
+        raise EntryRefused("no_agent_turn", found, "at least one with role assistant", "leave it out: there is nothing to learn")
+    require_paired(messages, key)
 
 
 def take_tools(tools: object, functions: object = None) -> tuple[dict[str, object], ...]:
@@ -82,7 +88,7 @@ def take_tools(tools: object, functions: object = None) -> tuple[dict[str, objec
     return tuple(schemas if tools else ({"type": "function", "function": schema} for schema in schemas))
 
 
-def require_paired(messages: list[Message], key: str = "messages") -> None:
+def require_paired(messages: Sequence[Message], key: str = "messages") -> None:
     """Refuse messages whose tool results do not answer calls of the agent's turn before them, one each.
 
     Results of parallel calls come in any order, by id; where ids repeat or are missing, in the order of the calls. A result that
@@ -118,7 +124,8 @@ def _name(call: ToolCall) -> str:
     return f"the call of {show(call.function.name)} (id {show(call.id)})"
 
 
-def _to_message(raw: object, place: str) -> Message:
+def to_message(raw: object, place: str) -> Message:
+    """One message, verbatim. Refused as bad_shape, bad_weight or unsupported_content, with `place` in the reason."""
     if not isinstance(raw, dict):
         raise _bad_shape(f"{place} = {show(raw)}", "an object with role and content")
     role = _ROLES.get(raw.get("role")) if isinstance(raw.get("role"), str) else None
