@@ -179,7 +179,7 @@ def _work(worker: str, arguments: argparse.Namespace) -> None:
     """Serve until told to end; the first line of standard output is the URL."""
     import uvicorn
 
-    from loraloop.serve.listener import favour_calls, open_listener
+    from loraloop.serve.listener import KEEP_ALIVE_SECONDS, favour_calls, open_listener
 
     listener = open_listener()
     favour_calls()
@@ -190,7 +190,7 @@ def _work(worker: str, arguments: argparse.Namespace) -> None:
         app, recorder = _router(arguments)
         recorder.start()
     print(f"http://127.0.0.1:{listener.getsockname()[1]}", flush=True)
-    config = uvicorn.Config(app, log_level="critical", lifespan="on" if recorder else "off")
+    config = uvicorn.Config(app, log_level="critical", lifespan="on" if recorder else "off", timeout_keep_alive=KEEP_ALIVE_SECONDS)
     asyncio.run(uvicorn.Server(config).serve([listener]))
     if recorder:
         sys.stderr.write(f"recorder: {json.dumps(recorder.status())}\n")

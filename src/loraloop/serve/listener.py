@@ -9,6 +9,9 @@ from loraloop.errors import ServingError
 
 BACKLOG = 1024
 SWITCH_SECONDS = 0.0005
+KEEP_ALIVE_SECONDS = 75
+"""For uvicorn's `timeout_keep_alive`: OpenAI's client keeps a connection for 5 s, which is uvicorn's default too, so that a call may meet
+the very moment in which the router closes it. The client is to be the first."""
 
 
 def favour_calls() -> None:
