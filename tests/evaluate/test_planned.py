@@ -7,6 +7,7 @@ from scipy.stats import binom
 from loraloop.errors import EvaluationError
 from loraloop.evaluate.planned import N_PATHS, PlannedVerdict
 from loraloop.evaluate.verdict import Policy, paired_verdict
+from loraloop.evaluation.measured import Early
 
 SIMULATED = 150
 TASKS, BLOCK = 100, 20
@@ -67,3 +68,14 @@ def test_taken_in_again_it_is_the_same() -> None:
         sequence = PlannedVerdict(60)
         verdicts.append([sequence.add(scores[0, at : at + 20].tolist(), scores[1, at : at + 20].tolist()) for at in (0, 20, 40)])
     assert verdicts[0] == verdicts[1]
+
+
+def test_an_evaluation_that_may_end_early_looks_by_plan_and_takes_in_each_task_once() -> None:
+    early = Early(Policy(), 100)
+    candidate, champion = [1.0] * 100, [1.0, 0.0] * 50
+    looks = [n for n in range(10, 101, 10) if early(candidate[:n], champion[:n])]
+    assert isinstance(early.sequential, PlannedVerdict)
+    assert early.verdict is not None
+    assert (early.verdict.decision, early.stopped) == ("promote", True)
+    assert looks[0] <= 50
+    assert not isinstance(Early(Policy(), 10).sequential, PlannedVerdict), "too few tasks for a plan"

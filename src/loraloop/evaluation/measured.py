@@ -13,6 +13,7 @@ from loraloop.errors import EvaluationError
 from loraloop.evaluate.command import run_command
 from loraloop.evaluate.endpoint import Access, open_endpoint
 from loraloop.evaluate.likelihood import HeldOutSample, Measure, MeasuredSamples, measure_samples, pair_figures
+from loraloop.evaluate.planned import PlannedVerdict
 from loraloop.evaluate.result import SIDES, Comparison, SideName, TaskScore
 from loraloop.evaluate.rollout import Player
 from loraloop.evaluate.sequential import SequentialVerdict
@@ -44,7 +45,8 @@ class Early:
     """Looks at the scores behind each block of tasks that both sides have played, until they decide."""
 
     def __init__(self, policy: Policy, n_tasks: int) -> None:
-        self.sequential = SequentialVerdict(policy, max_tasks=n_tasks)
+        planned = n_tasks >= policy.min_tasks  # finds what all tasks would find; with fewer nothing is decided either way
+        self.sequential = PlannedVerdict(n_tasks, policy) if planned else SequentialVerdict(policy, max_tasks=n_tasks)
         self.n = 0
         self.verdict: Verdict | None = None
         self.stopped = False

@@ -52,7 +52,7 @@ class EvaluationOptions:
     """Measure afresh what is measured already."""
     on_progress: Callable[[Progress], None] = lambda progress: None
     early: bool = False
-    """End the plays as soon as they decide, by a test that may be looked at after every block (evaluate/sequential.py)."""
+    """End the plays as soon as they decide, by a test that may be looked at after every block (evaluate/planned.py)."""
     policy: Policy = field(default_factory=Policy)
     """What decides."""
 
