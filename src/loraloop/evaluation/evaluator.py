@@ -26,13 +26,13 @@ from loraloop.evaluation.held_out import list_held_out
 from loraloop.evaluation.measured import Work, measure_both
 from loraloop.evaluation.options import EvaluationOptions
 from loraloop.evaluation.probing import ProbeOptions, probe
+from loraloop.evaluation.reuse import PLAN_FILE
 from loraloop.evaluation.sides import Sides, Sources
 from loraloop.files import content_hash, write_json
 from loraloop.lease import Lease
 from loraloop.plugins import find
 from loraloop.training_data import TrainingData
 
-PLAN_FILE = "plan.json"
 EVALUATION_FILE = "evaluation.json"
 
 
