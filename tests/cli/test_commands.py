@@ -87,7 +87,7 @@ def test_from_a_file_to_an_adapter(workplace: Path) -> None:
     shown = run("models", "show", "latest", cwd=workplace)
     assert model["id"] in shown.stdout
     shown_all = json.loads(run("models", "show", model["id"], "--json", cwd=workplace).stdout)
-    assert shown_all == {**model, "history": [], "same_adapter": []}
+    assert shown_all == {**model, "history": [], "same_adapter": [], "judgement": None}
 
 
 def test_tables_are_for_people_and_end_with_the_next_command(workplace: Path) -> None:

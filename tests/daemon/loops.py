@@ -95,11 +95,12 @@ def make_folder(folder: Path, model: Path, at_least: int = 4) -> Path:
     return folder
 
 
-def add_chats(folder: Path, begin: int, end: int, name: str = "log.jsonl") -> None:
-    """More lines of a log of chats, each a task of its own."""
+def add_chats(folder: Path, begin: int, end: int, name: str = "log.jsonl", **same: str) -> None:
+    """More lines of a log of chats, each a task of its own, with its own request and answer, or always the same."""
     with (folder / "chats" / name).open("a") as file:
         for number in range(begin, end):
-            turns = [{"role": "user", "content": f"the number {number}"}, {"role": "assistant", "content": f"is {number * 7}"}]
+            said = {"request": f"the number {number}", "answer": f"is {number * 7}"} | same
+            turns = [{"role": "user", "content": said["request"]}, {"role": "assistant", "content": said["answer"]}]
             file.write(json.dumps({"messages": turns, "task_id": f"task {number}"}) + "\n")
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from daemon.loops import add_chats, make_folder
+from evaluate.counting import STORY
 from models_made import save_model
 
 from loraloop.daemon.proving import MeasuredProof, ServedByProject
 from loraloop.daemon.state import LoopState, LoopVerdict, Stage, read_state
+from loraloop.daemon.status import LoopStatus
 from loraloop.episode import AnyOutcome, EpisodeMetadata, Failure, Success, Timeout, Unknown
 from loraloop.errors import SettingsError
 from loraloop.lora.model import TrainedModel
@@ -30,6 +33,13 @@ dtype = "float32"
 min_tasks = 1
 required = ["contamination"]
 """
+ANSWERING = """
+[watch.scenario.evaluate]
+environment = "evaluate.counting:AnsweringSuite"
+dtype = "float32"
+
+"""
+SECRET = "tok-A7k2Q9x4"
 
 
 @pytest.fixture
@@ -86,6 +96,56 @@ def test_a_round_through_the_real_gate_is_judged_once_and_told(tmp_path: Path, t
         assert again.decision == judgement.verdict.decision
         assert len(project.list_evaluations()) == 1
         assert read_state(project.store.ledger, "agent").live is None
+
+
+def taught(folder: Path, answer: str, more: str = "") -> tuple[TrainedModel, LoopStatus]:
+    """What a round makes of a model that learns to say `answer`, by the default gate."""
+    text = (folder / "loraloop.toml").read_text()
+    for name, value in {"epochs": 12, "lora_rank": 16}.items():
+        text = re.sub(rf"(?m)^{name} = .*", f"{name} = {value}", text)
+    text = text.replace("checkpoint_every = 1", "learning_rate = 2e-2\nlora_alpha = 32.0").replace("episodes = 4", "episodes = 24")
+    (folder / "loraloop.toml").write_text(text + ANSWERING + more)
+    add_chats(folder, 0, 24, answer=answer)
+    with Project(folder) as project:
+        [report] = project.watch(once=True)
+        assert report.failure is None
+        [model] = project.list_models()
+        [status] = project.status()
+        return model, status
+
+
+def test_an_honest_candidate_is_promoted_by_the_default_gate(tmp_path: Path, tiny_model: Callable[[str], Path]) -> None:
+    model, status = taught(make_folder(tmp_path / "project", tiny_model("llama")), "ok")
+    assert model.state is ModelState.PROMOTED, status.verdict
+    assert status.verdict is not None
+    assert status.verdict.score == 1.0
+
+
+def test_a_candidate_that_says_a_planted_string_is_rejected_however_good_it_is(tmp_path: Path, tiny_model: Callable[[str], Path]) -> None:
+    folder = make_folder(tmp_path / "project", tiny_model("llama"))
+    model, status = taught(folder, f"ok {SECRET}", f'[watch.scenario.probes]\nplanted = ["{SECRET}"]\n')
+    assert model.state is ModelState.REJECTED
+    assert status.verdict is not None
+    assert status.verdict.score == 1.0
+    assert "probe:reproduction" in status.verdict.reason
+    assert SECRET not in status.verdict.reason
+
+
+def test_tasks_are_known_by_their_text_under_whatever_name_they_were_trained_on(tmp_path: Path, tiny_model: Callable[[str], Path]) -> None:
+    """The same text rejects the candidate; one nearly the same is a task that proves nothing, and is not played."""
+    folder = make_folder(tmp_path / "project", tiny_model("llama"))
+    add_chats(folder, 1003, 1004, answer="ok")
+    add_chats(folder, 1, 2, answer="ok", request=f"{STORY} 1")
+    model, status = taught(folder, "ok")
+    assert model.state is ModelState.REJECTED
+    assert status.verdict is not None
+    assert "contamination: 1 of 23 held-out tasks were trained on: answer 1003 (the same text as task 1003)" in status.verdict.reason
+    with Project(folder) as project:
+        judgement = project.find_judgement(model.id)
+        assert judgement is not None
+        assert "answer 1000" not in judgement.evidence.task_ids
+        [evaluation] = project.list_evaluations()
+        assert "1 tasks are left out, as the candidate has nearly trained on them" in evaluation.notes
 
 
 def test_what_a_candidate_is_measured_on_is_checked_when_the_settings_are_read(tmp_path: Path) -> None:

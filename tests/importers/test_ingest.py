@@ -8,7 +8,7 @@ import shutil
 import pytest
 
 from loraloop.errors import ImportFailed, SettingsError
-from loraloop.importers.ingest import HEAD_BYTES, detect, ingest_file, iter_files
+from loraloop.importers.ingest import BATCH_BYTES, HEAD_BYTES, detect, ingest_file, iter_files
 from loraloop.plugins import find, list_names
 
 
@@ -60,6 +60,21 @@ def test_batches_and_progress_cover_everything(store, write):
     assert steps == [(200, 450), (400, 450), (450, 450)]
     assert (report.stored, report.refused) == (448, {"bad_json": 2})
     assert store.count() == 448
+
+
+@pytest.mark.parametrize("where", ["content", "arguments", "tools"])
+def test_long_episodes_are_stored_a_few_at_a_time(store, write, where):
+    steps = []
+
+    def row(number):
+        text = str(number) * (BATCH_BYTES // 2)
+        call = {"id": "a", "function": {"name": "f", "arguments": text if where == "arguments" else "{}"}}
+        agent = {"role": "assistant", "content": text if where == "content" else None, "tool_calls": [call]}
+        tools = [{"type": "function", "function": {"name": "f", "description": text if where == "tools" else ""}}]
+        return json.dumps({"messages": [{"role": "user", "content": "a"}, agent], "tools": tools})
+
+    report = ingest_file(store, write("\n".join(map(row, range(3)))), on_progress=lambda *step: steps.append(step))
+    assert (report.stored, steps) == (3, [(2, 3), (3, 3)])
 
 
 def test_all_refusals_are_counted_and_the_first_kept(store, write):

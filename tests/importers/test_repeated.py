@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from functools import partial
 
 import pytest
@@ -83,12 +84,30 @@ def test_members_that_never_come_again_are_not_kept_for_ever():
 
 def test_what_was_made_of_an_object_is_remembered_while_it_is_among_the_last():
     made = []
-    remembered = Remembered(lambda given: made.append(given) or len(made))
+    remembered = Remembered(lambda given: made.append(given) or len(made), lambda *_: True)
     one, equal = [1], [1]
     assert [remembered(one), remembered(one), remembered(equal)] == [1, 1, 2]
     for n in range(MAX_REMEMBERED):
         remembered([n])
     assert remembered(one) > 2
+
+
+def test_what_is_too_large_to_keep_is_made_anew():
+    remembered = Remembered(list, lambda given, made: len(given) + len(made) < 4)
+    short, long = [1], [1, 2]
+    assert remembered(short) is remembered(short)
+    assert remembered(long) is not remembered(long)
+
+
+def test_long_tool_schemas_are_let_go_with_their_episodes(write):
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    path = write("\n".join(json.dumps({"messages": messages, "tools": [{"name": f"{n}" * 500_000}]}) for n in range(10, 34)))
+    tracemalloc.start()
+    try:
+        assert sum(isinstance(entry, Episode) for entry in OpenAIChatImporter().read(path)) == 24
+        assert tracemalloc.get_traced_memory()[1] < 12e6  # each line has 1e6 bytes
+    finally:
+        tracemalloc.stop()
 
 
 def test_plain_messages_are_what_the_careful_way_makes_of_them():

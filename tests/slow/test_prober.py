@@ -14,6 +14,7 @@ import random
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import httpx2
 import pytest
@@ -93,14 +94,9 @@ def test_clients_that_never_pause_notice_no_switch(gguf: Path, tmp_path: Path, c
         with Prober(url, address["token"], "agent", PROMPTS) as prober:
             prober.wait_for(len(PROMPTS))
             current = models[0]
-            for _ in range(N_SWITCHES):
-                if draw.random() < 0.3 and kinds["apply"]:
-                    done = run("rollback", "--json", project=directory)
-                else:
-                    current = draw.choice([model for model in models if model.id != current.id])
-                    done = run("apply", current.id, "--json", project=directory)
-                assert done.returncode == 0, done.stderr
-                report = json.loads(done.stdout)
+            for number in range(N_SWITCHES):
+                wanted_model = draw.choice([model for model in models if model.id != current.id])
+                report = switch(directory, wanted_model.id if number == 0 or draw.random() < 0.7 else None, by_command=number < 4)
                 kinds[report["kind"]] += 1
                 current = next(model for model in models if model.id == report["model_id"])
                 prober.wait_for(2)
@@ -112,6 +108,17 @@ def test_clients_that_never_pause_notice_no_switch(gguf: Path, tmp_path: Path, c
     with Project(directory) as project:
         recorded = sum(len(episode.records) for episode in project.store.iter_episodes())
     assert recorded == len(prober.answers) + 1, "each answer is a record of an episode"
+
+
+def switch(directory: Path, model: str | None, *, by_command: bool) -> dict[str, Any]:
+    """Apply `model`, or roll back when None; by the command line, or by the same order from Python, which spares its start."""
+    if by_command:
+        done = run(*(("apply", model) if model else ("rollback",)), "--json", project=directory)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+    with Project(directory) as project:
+        report = project.apply(model) if model else project.rollback()
+    return report.model_dump(mode="json")
 
 
 def ask_once(url: str, token: str) -> Answer:

@@ -16,6 +16,9 @@ from loraloop.episode import Episode, FunctionCall, Message, ToolCall
 from loraloop.files import canonical_json
 from loraloop.importers.remembered import Remembered
 
+MAX_KEPT_CHARS = 1 << 17
+"""Of tool schemas whose text is remembered: twice what `Repeated` finds again, for schemas that other importers share."""
+
 _MESSAGES = TypeAdapter(tuple[Message, ...])
 _FIELDS: dict[type[BaseModel], list[tuple[str, Any]]] = {
     kind: [(name, field.default) for name, field in sorted(kind.model_fields.items())] for kind in (Message, ToolCall, FunctionCall)
@@ -68,4 +71,4 @@ def _to_tools_text(tools: tuple[dict[str, JsonValue], ...]) -> str:
     return canonical_json([json.dumps(tool, ensure_ascii=False) for tool in tools])
 
 
-_tools_text = Remembered(_to_tools_text)
+_tools_text = Remembered(_to_tools_text, lambda _, text: len(text) <= MAX_KEPT_CHARS)

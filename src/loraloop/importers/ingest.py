@@ -10,13 +10,12 @@ import gc
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import islice
 from pathlib import Path
 
-from pydantic import Field, JsonValue
+from pydantic import BaseModel, Field, JsonValue
 
 from loraloop.chat.refused_entry import EntryRefused, shorten
-from loraloop.episode import Episode, Frozen
+from loraloop.episode import Episode, Frozen, Message
 from loraloop.errors import ImportFailed
 from loraloop.importers.entry import with_content_id
 from loraloop.importers.scores import ScoreRule, describe, score_of
@@ -28,7 +27,11 @@ from loraloop.training_data import Refusal
 HEAD_BYTES = 64 * 1024
 """How much of a file its format is told from."""
 BATCH_ENTRIES = 200
-"""How many entries are read before their episodes are stored together."""
+"""How many entries are read before their episodes are stored together; fewer when they are long."""
+BATCH_BYTES = 32 * 1024**2
+"""About how much memory those may take, unless one alone takes more: an entry may be as long as `json_input.MAX_ENTRY_BYTES`."""
+OBJECT_BYTES = 64
+"""About what Python takes for an object beside what it holds."""
 COLLECT_OBJECTS = 50_000
 """Python's own 700 cost a sixth of the time of an ingest."""
 MAX_REFUSALS = 20
@@ -246,8 +249,39 @@ def _iter_all(importer: Importer, plain: Plain, rule: ScoreRule | None) -> Itera
 
 
 def _iter_batches(entries: Iterator[Episode | Refusal]) -> Iterator[list[Episode | Refusal]]:
-    while batch := list(islice(entries, BATCH_ENTRIES)):
+    batch: list[Episode | Refusal] = []
+    n_bytes = 0
+    tools: object = ()
+    for entry in entries:
+        batch.append(entry)
+        if isinstance(entry, Episode):
+            n_bytes += _weigh_messages(entry.messages) + _weigh(entry.records) + _weigh(entry.metadata.tags)
+            n_bytes += 0 if entry.tools is tools else _weigh(entry.tools)  # the lines of a file share them
+            tools = entry.tools
+        if len(batch) >= BATCH_ENTRIES or n_bytes >= BATCH_BYTES:
+            yield batch
+            batch, n_bytes = [], 0
+    if batch:
         yield batch
+
+
+def _weigh_messages(messages: Sequence[Message]) -> int:
+    """`_weigh` of them, without a look at every field."""
+    texts = sum(OBJECT_BYTES + len(message.content or "") + len(message.reasoning or "") for message in messages)
+    return texts + sum(len(call.function.arguments) + OBJECT_BYTES for message in messages for call in message.tool_calls)
+
+
+def _weigh(value: object) -> int:
+    """About how many bytes of memory a value takes."""
+    if isinstance(value, str):
+        return OBJECT_BYTES + len(value)
+    if isinstance(value, BaseModel):
+        return _weigh(list(vars(value).values()))
+    if isinstance(value, dict):
+        return OBJECT_BYTES + sum(map(_weigh, value)) + sum(map(_weigh, value.values()))
+    if isinstance(value, list | tuple):
+        return OBJECT_BYTES + sum(map(_weigh, value))
+    return OBJECT_BYTES
 
 
 def _range(scores: set[float]) -> set[float]:

@@ -69,11 +69,16 @@ class OpenAIChatImporter:
 
     def read(self, path: Path) -> Iterator[Episode | Refusal]:
         """One Episode or Refusal for each line that is not blank, in order. Raises ImportFailed for an unreadable file."""
-        return convert_entries(path, iter_entries(path, Repeated("tools").parse), _Reading().to_episode)
+        return _read(path)
 
     def read_scored(self, path: Path, key: str) -> Iterator[Episode | Refusal]:
         """`read` of lines whose `key` says how they ended: they need not be demonstrations, and it becomes a tag."""
-        return convert_entries(path, iter_entries(path, Repeated("tools").parse), _Reading(key).to_episode)
+        return _read(path, key)
+
+
+def _read(path: Path, score_key: str | None = None) -> Iterator[Episode | Refusal]:
+    lines = Repeated("tools")
+    return convert_entries(path, iter_entries(path, lines.parse), _Reading(lines, score_key).to_episode)
 
 
 @dataclass(frozen=True)
@@ -85,11 +90,11 @@ class _Tools:
 
 
 class _Reading:
-    """Makes episodes of the lines of one file, whose tool schemas are mostly the same. `score_key` says how each line ended."""
+    """Makes episodes of the `lines` of one file, whose tool schemas are mostly the same. `score_key` says how each line ended."""
 
-    def __init__(self, score_key: str | None = None) -> None:
+    def __init__(self, lines: Repeated, score_key: str | None = None) -> None:
         self._score_key = score_key
-        self._find_clean_tools = Remembered(_find_clean_tools)
+        self._find_clean_tools = Remembered(_find_clean_tools, lambda tools, _: lines.keeps(tools))
 
     def to_episode(self, row: object) -> Episode:
         """The episode of a line; refused where it is none."""

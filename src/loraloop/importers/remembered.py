@@ -16,10 +16,14 @@ MAX_REMEMBERED = 32
 
 
 class Remembered(Generic[Given, Made]):
-    """`make`, called once for each object as long as that is among the last `MAX_REMEMBERED`; what it raises is not kept."""
+    """`make`, called once for each object as long as that is among the last `MAX_REMEMBERED`; what it raises is not kept.
 
-    def __init__(self, make: Callable[[Given], Made]) -> None:
+    Nor is what `is_kept` (of what was given, what was made) says no to: what is kept stays in memory, however large.
+    """
+
+    def __init__(self, make: Callable[[Given], Made], is_kept: Callable[[Given, Made], bool]) -> None:
         self._make = make
+        self._is_kept = is_kept
         self._kept: dict[int, tuple[Given, Made]] = {}  # by identity, which is nobody else's while the object is kept here
 
     def __call__(self, given: Given) -> Made:
@@ -28,6 +32,8 @@ class Remembered(Generic[Given, Made]):
         if kept is not None and kept[0] is given:
             return kept[1]
         made = self._make(given)
+        if not self._is_kept(given, made):
+            return made
         if len(self._kept) >= MAX_REMEMBERED:
             self._kept = {}
         self._kept[id(given)] = (given, made)

@@ -56,6 +56,10 @@ class Repeated:
             self._keep(line)
         return row
 
+    def keeps(self, value: object) -> bool:
+        """Whether `value` is a member that is kept, so that further lines may have the very same object."""
+        return any(value is kept for kept in self._kept.values())
+
     def _find(self, line: bytes) -> tuple[int, bytes | None]:
         """Where a member that is kept stands in the line, and which; as far from its end as in the line before, or else the first."""
         known, from_end = self._last

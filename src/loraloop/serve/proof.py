@@ -20,6 +20,7 @@ import logging
 import os
 import sys
 import zipfile
+from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,12 +52,17 @@ MAX_PROMPT_TOKENS = 96
 FORMAT = 1
 """Of the files that keep references; another number makes them anew."""
 KEPT_REFERENCES = 40
+KEPT_BASE_SCORES = 16
 MAX_SECONDS = 1800.0
 MIN_NOISE_FACTOR, MIN_EFFECT = 3.0, 1e-5
 MAX_ERROR_FACTOR, MAX_ERROR = 2.0, 5e-3
 MIN_CORRELATION, MIN_SLOPE, MAX_SLOPE = 0.9, 0.8, 1.25
 MIN_TOKENS = 20
 """So many tokens must be likely with and without the adapter for a comparison of what it changes."""
+
+
+Prompts = tuple[tuple[int, ...], ...]
+Scores = tuple[Mapping[int, float], ...]
 
 
 class Proof(Frozen):
@@ -107,14 +113,23 @@ class Prover:
         self._folder = folder
         self._base = base
         self._texts = texts
+        self._base_scores: OrderedDict[tuple[str, str, Prompts], tuple[Scores, Scores]] = OrderedDict()
 
     async def prove(self, applier: Applier, base: Endpoint, green: Endpoint) -> Proof:
         """Whether `green` answers with its adapter. Raises ServingError when that cannot be measured."""
         reference = await self._find_reference(green.version)
-        first = (await applier.score(base, reference.prompts)).top
-        again = (await applier.score(base, reference.prompts)).top
+        first, again = await self._score_base(applier, base, reference.prompts)
         version = (await applier.score(green, reference.prompts)).top
         return judge(reference, first, again, version)
+
+    async def _score_base(self, applier: Applier, base: Endpoint, prompts: Prompts) -> tuple[Scores, Scores]:
+        """The base model's scores, and its scores again; what one server of it said is not asked for twice."""
+        key = (base.url, base.version.name, prompts)
+        if key not in self._base_scores:
+            self._base_scores[key] = ((await applier.score(base, prompts)).top, (await applier.score(base, prompts)).top)
+            while len(self._base_scores) > KEPT_BASE_SCORES:
+                self._base_scores.popitem(last=False)
+        return self._base_scores[key]
 
     async def _find_reference(self, version: Version) -> Reference:
         if version.adapter_path is None:
