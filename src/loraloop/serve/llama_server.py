@@ -43,7 +43,8 @@ _SETTLE_SECONDS = 0.5
 """How long an error waits to learn whether the server has died of it."""
 
 
-def _count_processors() -> int:
+def count_processors() -> int:
+    """Those that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -54,7 +55,7 @@ class LlamaCppSettings(Frozen):
     """Requests that are computed at the same time, 1 to 64; others wait."""
     n_ctx: int = Field(default=4096, ge=64)
     """Tokens of one request, prompt and answer together; memory is taken for `n_parallel` times as many."""
-    n_threads: int = Field(default_factory=_count_processors, ge=1)
+    n_threads: int = Field(default_factory=count_processors, ge=1)
     """Threads of one server; during a switch two servers share the processors."""
     start_seconds: float = Field(default=120.0, gt=0)
     """How long a server may take until it answers."""
