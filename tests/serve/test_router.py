@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import httpx2
@@ -88,6 +88,19 @@ def test_a_stream_is_passed_on_chunk_by_chunk_with_the_versions_name_in_each(ser
     assert {chunk["model"] for chunk in chunks} == {VERSION.name}
     assert "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks) == "You said: hi ☃"
     assert chunks[-1]["choices"][0]["finish_reason"] == "stop"
+
+
+def test_tools_that_the_model_never_sees_are_told_and_a_demanded_call_is_refused(served):
+    tools = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
+    assert "x-loraloop-ignored" not in served.ask("hi", tools=tools).headers
+    served.routes.endpoint = replace(served.routes.endpoint, ignores_tools=True)
+    assert served.ask("hi", tools=tools).headers["x-loraloop-ignored"] == "tools"
+    assert "x-loraloop-ignored" not in served.ask("hi").headers
+    n_asked = len(served.upstream.asked)
+    for choice in ("required", {"type": "function", "function": {"name": "weather"}}):
+        assert "no place for tools" in error_of(served.ask("hi", tools=tools, tool_choice=choice), 400, "no_tools")
+    assert len(served.upstream.asked) == n_asked
+    assert served.recorder.status()["queued"] == 0
 
 
 def test_text_completions_and_the_list_of_models(served):

@@ -63,6 +63,8 @@ class Endpoint:
     """Sent with each request, such as the server's own key."""
     body: Mapping[str, JsonValue] = field(default_factory=dict)
     """Laid over each request's JSON, such as llama.cpp's explicit list of adapters."""
+    ignores_tools: bool = False
+    """Whether the model's chat template is known to have no place for tools, so that the server leaves them out in silence."""
 
 
 @dataclass(frozen=True)

@@ -184,6 +184,7 @@ class LlamaCppApplier:
                 while not await self.is_healthy(endpoint):
                     process.check_running()
                     await asyncio.sleep(0.02)
+                endpoint = replace(endpoint, ignores_tools=await self._lacks_tools(endpoint))
         except TimeoutError as error:
             seconds = f"the server did not answer within {self._settings.start_seconds:g} s (start_seconds)"
             await self._discard(process)
@@ -196,6 +197,16 @@ class LlamaCppApplier:
         finally:
             self._starting.discard(process)
         return endpoint
+
+    async def _lacks_tools(self, endpoint: Endpoint) -> bool:
+        """Whether llama.cpp says that the model's chat template has no place for tools: it leaves them out then, and tells nobody."""
+        import httpx2
+
+        try:
+            told = (await self._client.get(f"{endpoint.url}/props", headers=endpoint.headers)).json()
+            return told["chat_template_caps"]["supports_tools"] is False
+        except (httpx2.HTTPError, ValueError, KeyError, TypeError):
+            return False  # another version of it, or it has just died, which the next look tells
 
     async def _discard(self, process: ServerProcess) -> None:
         await process.stop()
