@@ -92,6 +92,8 @@ class LlamaCppApplier:
         BaseModelError when it cannot be served.
         """
         chosen = settings if isinstance(settings, LlamaCppSettings) else read_options(LlamaCppSettings, settings or {}, cls.name)
+        if "://" in base:
+            raise ServingError(f"{base!r} is an address, and llama.cpp serves a GGUF file or a folder; `--applier vllm` takes an address")
         for package in ("xllamacpp", "httpx2"):
             if importlib.util.find_spec(package) is None:
                 raise ServingError(f"serving by llama.cpp needs the package {package}; pip install 'loraloop[serve]'")
