@@ -113,7 +113,7 @@ def test_text_completions_and_the_list_of_models(served):
 
 def test_who_has_no_token_or_comes_from_elsewhere_is_kept_out(served):
     ask = {"json": {"model": "agent", "messages": [{"role": "user", "content": "hi"}]}}
-    for authorization in ("", "Bearer wrong", TOKEN):
+    for authorization in ("", "Bearer wrong", "Bearer", "Bearer ", f"Basic {TOKEN}", f"Bearer {TOKEN}x", TOKEN):
         error_of(served.client.post("/v1/chat/completions", headers={"authorization": authorization}, **ask), 401, "invalid_api_key")
     error_of(served.client.post("/v1/chat/completions", headers={"host": "evil.example"}, **ask), 403, "foreign_host")
     error_of(served.client.post("/v1/chat/completions", headers={"origin": "http://evil.example"}, **ask), 403, "foreign_origin")
@@ -121,6 +121,7 @@ def test_who_has_no_token_or_comes_from_elsewhere_is_kept_out(served):
     error_of(preflight, 403, "foreign_origin")
     assert not [name for name in preflight.headers if name.startswith("access-control")]
     assert served.upstream.asked == []
+    assert served.client.get("/v1/models", headers={"authorization": f"bearer {TOKEN}"}).status_code == 200
     assert served.client.get("/healthz", headers={"authorization": ""}).json() == {"status": "ok"}
 
 
