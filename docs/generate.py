@@ -16,6 +16,8 @@ from loraloop import settings
 from loraloop.learn.outcome_rules import OutcomeSettings, to_markdown
 from loraloop.lora import states
 from loraloop.serve import states as version_states
+from loraloop.serve.llama_server import LlamaCppSettings, count_processors
+from loraloop.serve.vllm import VllmSettings
 
 REFERENCE = Path(__file__).parent / "reference"
 COMMANDS = [
@@ -68,6 +70,19 @@ def settings_page() -> str:
     return "\n".join(parts)
 
 
+def options_page() -> str:
+    """What `loraloop serve --option NAME=VALUE` may set of each applier."""
+    intro = (
+        "# Options of the appliers\n\nWritten by `make docs` from the classes that declare them: what `--option NAME=VALUE`\n"
+        "of `loraloop serve` sets; it may be repeated. See [serving](../serving.md).\n"
+    )
+    parts = [intro]
+    for applier, kind in (("llama.cpp", LlamaCppSettings), ("vllm", VllmSettings)):
+        title = f"## `--applier {applier}`: {kind.__name__}\n\n{inspect.getdoc(kind)}"
+        parts.append("\n".join([title, "\n| option | default | |\n|---|---|---|", *_rows(kind), ""]))
+    return "\n".join(parts)
+
+
 def outcomes_page() -> str:
     """What each outcome means to each method, and what may be set about it."""
     intro = (
@@ -101,6 +116,7 @@ def pages() -> dict[Path, str]:
     return {
         REFERENCE / "cli.md": cli_page(),
         REFERENCE / "settings.md": settings_page(),
+        REFERENCE / "options.md": options_page(),
         REFERENCE / "outcomes.md": outcomes_page(),
         REFERENCE / "states.md": states_page(),
         REFERENCE / "version-states.md": version_states_page(),
@@ -116,11 +132,13 @@ def _help(arguments: list[str]) -> str:
 def _rows(kind: type) -> list[str]:
     """A row of a table for each field of a class of settings."""
     fields = settings.fields_of(kind).items()
-    return [f"| `{name}` | `{_shown(default)}` | {_description(kind, name)} |" for name, (_, default) in fields]
+    return [f"| `{name}` | `{_shown(kind, name, default)}` | {_description(kind, name)} |" for name, (_, default) in fields]
 
 
-def _shown(default: object) -> str:
-    """The default of a setting; one scenario is there unless the file has others."""
+def _shown(kind: type, name: str, default: object) -> str:
+    """The default of a setting; one scenario is there unless the file has others, and what is counted is another on each machine."""
+    if getattr(getattr(kind, "model_fields", {}).get(name), "default_factory", None) is count_processors:
+        return "all processors"
     return "one scenario" if default == (settings.ScenarioSettings(),) else repr(default)
 
 

@@ -66,6 +66,14 @@ def test_another_adapter_wrongly_ordered_rows_and_mere_noise_are_not_proven() ->
     assert not noisy.proven
 
 
+def test_an_adapter_that_hides_in_the_servers_own_error_is_told_the_way_out() -> None:
+    hidden = judge(reference(0.02), scores(0, 0.2, 1), scores(0, 0.2, 1), scores(0.02, 0.2, 3))
+    assert not hidden.proven
+    assert "serve a base model of more bits" in hidden.reason
+    wrong = judge(reference(1.0), scores(0), scores(0), scores(-1.0))
+    assert "more bits" not in wrong.reason
+
+
 def test_a_constant_error_of_the_version_alone_is_not_proven() -> None:
     off = [{token: value + 0.03 * (-1) ** token for token, value in top.items()} for top in scores(1.0)]
     proof = judge(reference(1.0), scores(0), scores(0), off)

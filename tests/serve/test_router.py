@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import httpx2
@@ -90,6 +90,19 @@ def test_a_stream_is_passed_on_chunk_by_chunk_with_the_versions_name_in_each(ser
     assert chunks[-1]["choices"][0]["finish_reason"] == "stop"
 
 
+def test_tools_that_the_model_never_sees_are_told_and_a_demanded_call_is_refused(served):
+    tools = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
+    assert "x-loraloop-ignored" not in served.ask("hi", tools=tools).headers
+    served.routes.endpoint = replace(served.routes.endpoint, ignores_tools=True)
+    assert served.ask("hi", tools=tools).headers["x-loraloop-ignored"] == "tools"
+    assert "x-loraloop-ignored" not in served.ask("hi").headers
+    n_asked = len(served.upstream.asked)
+    for choice in ("required", {"type": "function", "function": {"name": "weather"}}):
+        assert "no place for tools" in error_of(served.ask("hi", tools=tools, tool_choice=choice), 400, "no_tools")
+    assert len(served.upstream.asked) == n_asked
+    wait_for(lambda: served.recorder.status()["queued"] == 0)
+
+
 def test_text_completions_and_the_list_of_models(served):
     said = served.client.post("/v1/completions", json={"model": "agent", "prompt": "Once"}).json()
     assert (said["model"], said["choices"][0]["text"]) == (VERSION.name, "and so on")
@@ -100,7 +113,7 @@ def test_text_completions_and_the_list_of_models(served):
 
 def test_who_has_no_token_or_comes_from_elsewhere_is_kept_out(served):
     ask = {"json": {"model": "agent", "messages": [{"role": "user", "content": "hi"}]}}
-    for authorization in ("", "Bearer wrong", TOKEN):
+    for authorization in ("", "Bearer wrong", "Bearer", f"Basic {TOKEN}", f"Bearer {TOKEN}x", TOKEN):
         error_of(served.client.post("/v1/chat/completions", headers={"authorization": authorization}, **ask), 401, "invalid_api_key")
     error_of(served.client.post("/v1/chat/completions", headers={"host": "evil.example"}, **ask), 403, "foreign_host")
     error_of(served.client.post("/v1/chat/completions", headers={"origin": "http://evil.example"}, **ask), 403, "foreign_origin")
@@ -108,6 +121,7 @@ def test_who_has_no_token_or_comes_from_elsewhere_is_kept_out(served):
     error_of(preflight, 403, "foreign_origin")
     assert not [name for name in preflight.headers if name.startswith("access-control")]
     assert served.upstream.asked == []
+    assert served.client.get("/v1/models", headers={"authorization": f"bearer {TOKEN}"}).status_code == 200
     assert served.client.get("/healthz", headers={"authorization": ""}).json() == {"status": "ok"}
 
 

@@ -127,5 +127,8 @@ def test_an_option_that_the_applier_lacks_or_that_cannot_be_is_named(base: Path,
     done = run("serve", "--base", str(base), "--option", "n_parallel=none", "--option", "threads=2", project=tmp_path / "project")
     assert done.returncode == 1
     assert "n_parallel=none" in done.stderr
-    assert "threads=2" in done.stderr
+    assert "threads=2: there is no such option" in done.stderr
     assert "n_threads" in done.stderr
+    done = run("serve", "--base", "http://127.0.0.1:9", project=tmp_path / "project")
+    assert done.returncode == 1
+    assert "`--applier vllm` takes an address" in done.stderr

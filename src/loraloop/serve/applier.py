@@ -63,6 +63,8 @@ class Endpoint:
     """Sent with each request, such as the server's own key."""
     body: Mapping[str, JsonValue] = field(default_factory=dict)
     """Laid over each request's JSON, such as llama.cpp's explicit list of adapters."""
+    ignores_tools: bool = False
+    """Whether the model's chat template is known to have no place for tools, so that the server leaves them out in silence."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,8 @@ def read_options(kind: type[Options], given: Mapping[str, str], applier: str) ->
     try:
         return kind.model_validate(dict(given))
     except ValidationError as error:
-        wrong = ((str(each["loc"][0]), each["msg"]) for each in error.errors())
+        unknown = "there is no such option"
+        wrong = ((str(each["loc"][0]), unknown if each["type"] == "extra_forbidden" else each["msg"]) for each in error.errors())
         said = "; ".join(f"{name}={given.get(name, '')}: {why}" for name, why in wrong)
         raise SettingsError(f"options of {applier}: {said}; known: {', '.join(kind.model_fields)}") from error
 

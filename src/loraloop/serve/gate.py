@@ -23,7 +23,7 @@ class Gate:
 
     def __init__(self, app: ASGIApp, *, token: str | None, hosts: Sequence[str]) -> None:
         self._app = app
-        self._expected = None if token is None else f"Bearer {token}".encode()
+        self._expected = None if token is None else token.encode()
         self._hosts = frozenset(host.lower() for host in hosts)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -54,7 +54,8 @@ class Gate:
             raise Declined(403, "web pages may not call this server; call it from a program", code="foreign_origin")
         if self._expected is None or scope["path"] in OPEN_PATHS:
             return
-        if not hmac.compare_digest(found.get(b"authorization", b""), self._expected):
+        scheme, _, token = found.get(b"authorization", b"").partition(b" ")
+        if scheme.lower() != b"bearer" or not hmac.compare_digest(token.strip(), self._expected):
             message = "no valid token; send `Authorization: Bearer TOKEN` with the token that `loraloop serve` printed (api_key=TOKEN)"
             raise Declined(401, message, code="invalid_api_key")
 

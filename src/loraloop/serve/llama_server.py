@@ -43,7 +43,8 @@ _SETTLE_SECONDS = 0.5
 """How long an error waits to learn whether the server has died of it."""
 
 
-def _count_processors() -> int:
+def count_processors() -> int:
+    """Those that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -54,7 +55,7 @@ class LlamaCppSettings(Frozen):
     """Requests that are computed at the same time, 1 to 64; others wait."""
     n_ctx: int = Field(default=4096, ge=64)
     """Tokens of one request, prompt and answer together; memory is taken for `n_parallel` times as many."""
-    n_threads: int = Field(default_factory=_count_processors, ge=1)
+    n_threads: int = Field(default_factory=count_processors, ge=1)
     """Threads of one server; during a switch two servers share the processors."""
     start_seconds: float = Field(default=120.0, gt=0)
     """How long a server may take until it answers."""
@@ -91,6 +92,8 @@ class LlamaCppApplier:
         BaseModelError when it cannot be served.
         """
         chosen = settings if isinstance(settings, LlamaCppSettings) else read_options(LlamaCppSettings, settings or {}, cls.name)
+        if "://" in base:
+            raise ServingError(f"{base!r} is an address, and llama.cpp serves a GGUF file or a folder; `--applier vllm` takes an address")
         for package in ("xllamacpp", "httpx2"):
             if importlib.util.find_spec(package) is None:
                 raise ServingError(f"serving by llama.cpp needs the package {package}; pip install 'loraloop[serve]'")
@@ -183,6 +186,7 @@ class LlamaCppApplier:
                 while not await self.is_healthy(endpoint):
                     process.check_running()
                     await asyncio.sleep(0.02)
+                endpoint = replace(endpoint, ignores_tools=await self._lacks_tools(endpoint))
         except TimeoutError as error:
             seconds = f"the server did not answer within {self._settings.start_seconds:g} s (start_seconds)"
             await self._discard(process)
@@ -195,6 +199,16 @@ class LlamaCppApplier:
         finally:
             self._starting.discard(process)
         return endpoint
+
+    async def _lacks_tools(self, endpoint: Endpoint) -> bool:
+        """Whether llama.cpp says that the model's chat template has no place for tools: it leaves them out then, and tells nobody."""
+        import httpx2
+
+        try:
+            told = (await self._client.get(f"{endpoint.url}/props", headers=endpoint.headers)).json()
+            return told["chat_template_caps"]["supports_tools"] is False
+        except (httpx2.HTTPError, ValueError, KeyError, TypeError):
+            return False  # another version of it, or it has just died, which the next look tells
 
     async def _discard(self, process: ServerProcess) -> None:
         await process.stop()

@@ -88,6 +88,8 @@ class _Exchange:
     def headers(self) -> list[tuple[bytes, bytes]]:
         """What each answer says beside its body."""
         told = {"x-loraloop-version": self.version, "x-loraloop-record": self.receipt.header, "x-loraloop-episode": self.receipt.episode}
+        if self.request.has_tools and self.ticket.endpoint.ignores_tools:
+            told["x-loraloop-ignored"] = "tools"
         return [(name.encode(), value.encode()) for name, value in told.items()]
 
     def to_call(self, started: float, started_ms: int) -> Call:
@@ -145,7 +147,7 @@ class Relay:
         started, started_ms = time.perf_counter(), now_ms()
         receipt = self._recorder.begin(request.alias, request.messages, request.episode)
         try:
-            ticket = self._acquire(request.alias, receipt.episode)
+            ticket = self._acquire(request, receipt.episode)
         except BaseException:
             self._recorder.cancel(receipt)
             raise
@@ -159,13 +161,18 @@ class Relay:
             ticket.release(failed=exchange.is_servers_fault)
             self._recorder.end(receipt, exchange.to_call(started, started_ms))
 
-    def _acquire(self, alias: str, conversation: str) -> Ticket:
+    def _acquire(self, request: Request, conversation: str) -> Ticket:
         try:
-            return self._routes.acquire(alias, conversation)
+            ticket = self._routes.acquire(request.alias, conversation)
         except UnknownModel as error:
             raise Declined(404, str(error), code="model_not_found", param="model") from error
         except NothingServes as error:
             raise Declined(503, str(error), code="nothing_serves", retry_after=2) from error
+        if request.has_tools and request.demands_call and ticket.endpoint.ignores_tools:
+            ticket.release()
+            message = f"{ticket.endpoint.version.name} cannot be made to call a tool: its chat template has no place for tools; "
+            raise Declined(400, message + "leave `tool_choice`, or serve a model whose template has", code="no_tools", param="tool_choice")
+        return ticket
 
     async def _exchange(self, exchange: _Exchange) -> None:
         """Ask, and answer whatever comes of it."""

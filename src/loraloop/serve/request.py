@@ -40,6 +40,17 @@ class Request:
         found = self.body.get("messages")
         return found if isinstance(found, list) else ()
 
+    @property
+    def has_tools(self) -> bool:
+        """Whether it offers any tool."""
+        return bool(self.body.get("tools"))
+
+    @property
+    def demands_call(self) -> bool:
+        """Whether no answer will do that calls no tool."""
+        choice = self.body.get("tool_choice")
+        return choice == "required" or isinstance(choice, dict)
+
     def to_upstream(self, endpoint: Endpoint) -> bytes:
         """What `endpoint`'s server is sent."""
         return to_json_bytes({**self.body, **endpoint.body, "model": endpoint.model})

@@ -41,12 +41,13 @@ class VllmSettings(Frozen):
     """What the server was started with, and how long it may take."""
 
     max_lora_rank: int = Field(default=16, ge=1)
-    """Its `--max-lora-rank`."""
+    """The server's own `--max-lora-rank`, which it does not tell; an adapter of a higher rank is refused before it is sent."""
     n_top: int = Field(default=20, ge=1, le=20)
     """How many of the likeliest tokens are scored; its `--max-logprobs` is 20 unless told otherwise."""
     request_seconds: float = Field(default=120.0, gt=0)
     """How long loading, or the answer to a probe prompt, may take."""
     health_seconds: float = Field(default=10.0, gt=0)
+    """How long the server may take to say that it is there."""
 
 
 class VllmApplier:
