@@ -5,10 +5,11 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help demo test test-fast bench bench-ingest curves check format docs clean
+.PHONY: help demo loop test test-fast bench bench-ingest curves check format docs clean
 
 help:
 	@echo "make demo       watch an agent get better at a real task (two cores: 4 minutes with AMX, longer without)"
+	@echo "make loop       watch it get better by itself while it is at work: serve, watch, gate, switch (two cores: 40 minutes)"
 	@echo "make test       every test"
 	@echo "make test-fast  the tests without real weights"
 	@echo "make bench      training side by side with TRL (25 minutes at most on two cores)"
@@ -19,6 +20,9 @@ help:
 
 demo: $(VENV)/.ready
 	$(BIN)/python -m demo $(ARGS)
+
+loop: $(VENV)/.ready
+	$(BIN)/python -m demo.loop $(ARGS)
 
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest $(ARGS)
@@ -62,4 +66,4 @@ $(VENV)/.bench-ready: $(VENV)/.ready
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo-run build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) demo-run loop-run build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

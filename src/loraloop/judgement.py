@@ -25,6 +25,7 @@ from loraloop.lora.registry import LoraModelRegistry
 from loraloop.lora.states import ModelState, list_next
 from loraloop.plugins import EpisodeStore
 from loraloop.store.ledger import Event, Ledger
+from loraloop.training_data import TrainingData
 
 JUDGED = "gate"
 """The kind of the event that a judgement leaves; its subject is the model."""
@@ -58,10 +59,29 @@ def find_trained_tasks(
             return None
         trained |= found
         ancestor = registry.get(ancestor.parent) if ancestor.parent else None
-    named = [*sorted(trained), *tasks.items()]
+    by_name = sorted(trained, key=lambda one: (one[0].startswith("episode "), one))  # a task's own name tells more than its episode's
+    named = [*by_name, *tasks.items()]
     parts = without_boilerplate([shingle(text) for _, text in named], [name for name, _ in named])
     traces = [_trace(name, text, part) for (name, text), part in zip(named, parts, strict=True)]
     return find_overlaps(traces[len(trained) :], traces[: len(trained)])
+
+
+def list_trained_samples(model: TrainedModel, registry: LoraModelRegistry, datasets: Path) -> list[TrainingData] | None:
+    """All that the model, and those that it went on from, have trained on; None when a dataset of theirs is not there any more.
+
+    Raises LoraTrainerError for a parent that is gone, DatasetError for a damaged dataset.
+    """
+    folders = {folder.name: folder for folder in list_folders(datasets)}
+    found: dict[str, list[TrainingData]] = {}
+    ancestor: TrainedModel | None = model
+    while ancestor is not None:
+        folder = folders.get(ancestor.dataset or "")
+        if folder is None:
+            return None
+        if folder.name not in found:
+            found[folder.name] = open_dataset(folder).load_training()
+        ancestor = registry.get(ancestor.parent) if ancestor.parent else None
+    return [sample for samples in found.values() for sample in samples]
 
 
 def decide(

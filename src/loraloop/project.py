@@ -23,14 +23,15 @@ from loraloop.daemon.status import LoopStatus, status_of
 from loraloop.daemon.watch import Watch, choose
 from loraloop.data_report.findings import Findings, ReportOptions
 from loraloop.dataset import Dataset, DatasetSettings, list_datasets, list_folders, open_dataset
-from loraloop.episode import CONVERSATION, EpisodeFilter, Label
+from loraloop.episode import CONVERSATION, EpisodeFilter, Label, Message
 from loraloop.errors import DatasetError, StoreError
 from loraloop.evaluate.contamination import Overlap
 from loraloop.evaluate.gate import Evidence
+from loraloop.evaluate.probes import ProbeResult
 from loraloop.evaluate.report import to_html
 from loraloop.evaluate.result import Evaluation
 from loraloop.evaluate.verdict import Policy, Verdict
-from loraloop.evaluation import EvaluationOptions, Evaluator, Sources
+from loraloop.evaluation import EvaluationOptions, Evaluator, ProbeOptions, Sources
 from loraloop.files import write_atomic
 from loraloop.importers.ingest import IngestReport
 from loraloop.importers.scores import ScoreRule
@@ -317,6 +318,17 @@ class Project:
         """Which of `tasks`, first requests by id, the model has trained on; None when that cannot be told."""
         model = self.registry.get(model_id)
         return judgement.find_trained_tasks(tasks, model, self.registry, self.store, self.directory / "datasets")
+
+    def list_requests(self, model_id: str, options: EvaluationOptions) -> dict[str, tuple[Message, ...]]:
+        """How each task begins that a model would be measured by; none where only a command knows its tasks."""
+        return self._evaluator.list_requests(model_id, options)
+
+    def probe(
+        self, model_id: str, requests: Mapping[str, Sequence[Message]], probes: ProbeOptions, options: EvaluationOptions
+    ) -> tuple[ProbeResult, ...] | None:
+        """What probes find in a model, `requests` being how held-out tasks begin; None when what it has trained on is gone."""
+        samples = judgement.list_trained_samples(self.registry.get(model_id), self.registry, self.directory / "datasets")
+        return None if samples is None else self._evaluator.probe(model_id, samples, requests, probes, options)
 
     def delete_model(self, model_id: str) -> LoraModelId:
         """Remove a model and give its whole id. Raises LoraTrainerError while it is promoted or served, or something goes on from it."""

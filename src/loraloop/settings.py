@@ -25,7 +25,7 @@ from loraloop.dataset.settings import DatasetSettings
 from loraloop.episode import EpisodeFilter, Frozen
 from loraloop.errors import SettingsError
 from loraloop.evaluate.verdict import Policy
-from loraloop.evaluation import EvaluationOptions
+from loraloop.evaluation import EvaluationOptions, GivenTrigger, ProbeOptions
 from loraloop.lora.config import LoraTrainerConfig, TrainOptions
 from loraloop.training_data import Method
 from loraloop.trigger import Count, Trigger
@@ -74,6 +74,8 @@ class ScenarioSettings(Frozen):
     """What a candidate is measured on, as `EvaluationOptions` has it; without any every candidate is held."""
     gate: Policy = Policy()
     """What has to be shown before a candidate goes live."""
+    probes: ProbeOptions = ProbeOptions()
+    """What a candidate is probed for."""
     observe_seconds: float = Field(default=600.0, ge=0)
     """How long a model that was applied is observed, before the next round."""
     max_attempts: int = Field(default=5, ge=1)
@@ -126,8 +128,9 @@ SECTIONS: dict[str, tuple[type, ...]] = {
     "watch": (WatchSettings,),
 }
 """What may be set in which section; a name is unique within its section."""
-_NOT_SET = {"train": {"output_dir", "data_dir"}, "evaluate": {"on_progress", "policy", "token"}}
-"""Where a project keeps its files is not for a file of it to say, what decides is `gate`, and secrets stand in no file."""
+_NOT_SET = {"train": {"output_dir", "data_dir"}, "evaluate": {"on_progress", "policy", "token", "left_out"}}
+"""Where a project keeps its files is not for a file of it to say, what decides is `gate`, what is left out follows from what was trained
+on, and secrets stand in no file."""
 
 
 @dataclass(frozen=True)
@@ -296,8 +299,9 @@ def _explain(where: str, setting: Setting, error: ValidationError) -> str:
     first = error.errors(include_url=False)[0]
     place = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden" and setting.section == "watch":
-        kinds: dict[object, type[BaseModel]] = {"trigger": Trigger, "gate": Policy}
-        known = list(kinds.get(first["loc"][1], ScenarioSettings).model_fields)
+        kinds: dict[object, type[BaseModel]] = {"trigger": Trigger, "gate": Policy, "probes": ProbeOptions}
+        kind = GivenTrigger if "triggers" in first["loc"] else kinds.get(first["loc"][1], ScenarioSettings)
+        known = list(kind.model_fields)
         name = str(first["loc"][-1])
         return f"{where}: there is no setting {name!r}; known: {', '.join(known)}.{nearest(name, known)}"
     return f"{where}{f' ({place})' if place else ''}={first['input']!r}: {first['msg']}"

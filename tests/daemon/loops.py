@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -39,6 +40,13 @@ trigger = {{when = {{kind = "count", episodes = {at_least}}}}}
 observe_seconds = 0
 retry_seconds = 0.05
 """
+ANSWERING = """
+[watch.scenario.evaluate]
+environment = "evaluate.counting:AnsweringSuite"
+dtype = "float32"
+
+"""
+"""What is won by who says ok."""
 
 
 @dataclass
@@ -95,11 +103,21 @@ def make_folder(folder: Path, model: Path, at_least: int = 4) -> Path:
     return folder
 
 
-def add_chats(folder: Path, begin: int, end: int, name: str = "log.jsonl") -> None:
-    """More lines of a log of chats, each a task of its own."""
+def teach_well(folder: Path, more: str = "", **changes: object) -> None:
+    """Settings with which a tiny model learns to say always the same; `more` is what follows in the file."""
+    text = (folder / "loraloop.toml").read_text()
+    for name, value in {"epochs": 12, "lora_rank": 16, **changes}.items():
+        text = re.sub(rf"(?m)^{name} = .*", f"{name} = {value}", text)
+    text = text.replace("checkpoint_every = 1", "learning_rate = 2e-2\nlora_alpha = 32.0")
+    (folder / "loraloop.toml").write_text(text + more)
+
+
+def add_chats(folder: Path, begin: int, end: int, name: str = "log.jsonl", **same: str) -> None:
+    """More lines of a log of chats, each a task of its own, with its own request and answer, or always the same."""
     with (folder / "chats" / name).open("a") as file:
         for number in range(begin, end):
-            turns = [{"role": "user", "content": f"the number {number}"}, {"role": "assistant", "content": f"is {number * 7}"}]
+            said = {"request": f"the number {number}", "answer": f"is {number * 7}"} | same
+            turns = [{"role": "user", "content": said["request"]}, {"role": "assistant", "content": said["answer"]}]
             file.write(json.dumps({"messages": turns, "task_id": f"task {number}"}) + "\n")
 
 

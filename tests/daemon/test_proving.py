@@ -6,11 +6,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from daemon.loops import add_chats, make_folder
+from daemon.loops import ANSWERING, add_chats, make_folder, teach_well
+from evaluate.counting import STORY
 from models_made import save_model
 
 from loraloop.daemon.proving import MeasuredProof, ServedByProject
 from loraloop.daemon.state import LoopState, LoopVerdict, Stage, read_state
+from loraloop.daemon.status import LoopStatus
 from loraloop.episode import AnyOutcome, EpisodeMetadata, Failure, Success, Timeout, Unknown
 from loraloop.errors import SettingsError
 from loraloop.lora.model import TrainedModel
@@ -30,6 +32,7 @@ dtype = "float32"
 min_tasks = 1
 required = ["contamination"]
 """
+SECRET = "tok-A7k2Q9x4"
 
 
 @pytest.fixture
@@ -88,6 +91,52 @@ def test_a_round_through_the_real_gate_is_judged_once_and_told(tmp_path: Path, t
         assert read_state(project.store.ledger, "agent").live is None
 
 
+def taught(folder: Path, answer: str, more: str = "") -> tuple[TrainedModel, LoopStatus]:
+    """What a round makes of a model that learns to say `answer`, by the default gate."""
+    teach_well(folder, ANSWERING + more)
+    add_chats(folder, 0, 24, answer=answer)
+    with Project(folder) as project:
+        [report] = project.watch(once=True)
+        assert report.failure is None
+        [model] = project.list_models()
+        [status] = project.status()
+        return model, status
+
+
+def test_an_honest_candidate_is_promoted_by_the_default_gate(tmp_path: Path, tiny_model: Callable[[str], Path]) -> None:
+    model, status = taught(make_folder(tmp_path / "project", tiny_model("llama"), 24), "ok")
+    assert model.state is ModelState.PROMOTED, status.verdict
+    assert status.verdict is not None
+    assert status.verdict.score == 1.0
+
+
+def test_a_candidate_that_says_a_planted_string_is_rejected_however_good_it_is(tmp_path: Path, tiny_model: Callable[[str], Path]) -> None:
+    folder = make_folder(tmp_path / "project", tiny_model("llama"))
+    model, status = taught(folder, f"ok {SECRET}", f'[watch.scenario.probes]\nplanted = ["{SECRET}"]\n')
+    assert model.state is ModelState.REJECTED
+    assert status.verdict is not None
+    assert status.verdict.score == 1.0
+    assert "probe:reproduction" in status.verdict.reason
+    assert SECRET not in status.verdict.reason
+
+
+def test_tasks_are_known_by_their_text_under_whatever_name_they_were_trained_on(tmp_path: Path, tiny_model: Callable[[str], Path]) -> None:
+    """The same text rejects the candidate; one nearly the same is a task that proves nothing, and is not played."""
+    folder = make_folder(tmp_path / "project", tiny_model("llama"))
+    add_chats(folder, 1003, 1004, answer="ok")
+    add_chats(folder, 1, 2, answer="ok", request=f"{STORY} 1")
+    model, status = taught(folder, "ok")
+    assert model.state is ModelState.REJECTED
+    assert status.verdict is not None
+    assert "contamination: 1 of 23 held-out tasks were trained on: answer 1003 (the same text as task 1003)" in status.verdict.reason
+    with Project(folder) as project:
+        judgement = project.find_judgement(model.id)
+        assert judgement is not None
+        assert "answer 1000" not in judgement.evidence.task_ids
+        [evaluation] = project.list_evaluations()
+        assert "1 tasks are left out, as the candidate has nearly trained on them" in evaluation.notes
+
+
 def test_what_a_candidate_is_measured_on_is_checked_when_the_settings_are_read(tmp_path: Path) -> None:
     for text, said in (
         ("evaluate = {enviroment = 'x'}", r"evaluate has no setting 'enviroment'; .* Did you mean environment\?"),
@@ -140,6 +189,17 @@ def test_a_model_that_does_worse_than_the_one_before_is_seen(project: Project) -
     seen = serving.observe(AGENT, state)
     assert seen.is_worse
     assert "its mean score is 0.000 over 20 episodes" in seen.reason
+
+
+def test_what_is_beyond_the_last_look_waits_for_the_next_however_often_a_process_begins(project: Project) -> None:
+    first, second = promoted(project, "one"), promoted(project, "two")
+    state = LoopState(stage=Stage.OBSERVE, live=second.id, previous=first.id, applied_at=1000)
+    play(project, version_of(first), [Success(1.0)] * 20)
+    play(project, version_of(second), [Success(1.0)] * 20)
+    play(project, version_of(second), [Failure("no")] * 19, begin=20)
+    assert not ServedByProject(project).observe(AGENT, state).is_worse, "39 scores are looked at as the first 20 of them"
+    play(project, version_of(second), [Failure("no")], begin=39)
+    assert ServedByProject(project).observe(AGENT, state).is_worse
 
 
 def test_a_model_as_good_as_the_one_before_is_left(project: Project) -> None:

@@ -8,6 +8,8 @@ from pathlib import Path
 from loraloop.evaluate.environment import PlayLimits, Task, load_tasks
 from loraloop.evaluate.options import take_options
 
+STORY = "a cat sat on a mat in the sun, was happy about it all day long, and in the evening it thought of the number"
+
 
 class CountingSuite:
     """Task n: rewarded when the sum of the character codes of what was said in two turns leaves no remainder by n."""
@@ -67,3 +69,24 @@ class Saying:
 
     def step(self, action: str) -> tuple[str, float, bool]:
         return "heard", float((action.encode().hex() or "-") == self.wanted), True
+
+
+class AnsweringSuite(CountingSuite):
+    """A win is to begin the answer with "ok"; the requests are numbers from 1000 on, the first of them in a long story."""
+
+    def __init__(self, tasks: Path | None = None, options: Mapping[str, str] | None = None) -> None:
+        n = int((options or {}).get("n", "24"))
+        super().__init__(tasks)
+        self.own = [Task(id=f"answer {number}", data={"number": number}) for number in range(1000, 1000 + n)]
+
+    def open(self) -> Answering:
+        return Answering()
+
+
+class Answering:
+    def reset(self, task: Task) -> str:
+        number = task.data["number"]
+        return f"{STORY} {number}" if number == 1000 else f"the number {number}"
+
+    def step(self, action: str) -> tuple[str, float, bool]:
+        return "heard", float(action.startswith("ok")), True

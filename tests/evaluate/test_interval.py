@@ -1,7 +1,7 @@
 import pytest
 
 from loraloop.errors import EvaluationError
-from loraloop.evaluate.interval import compare_paired, paired_difference, success_rate
+from loraloop.evaluate.interval import compare_paired, estimate_difference, success_rate
 
 
 def test_interval_is_clopper_pearson() -> None:
@@ -40,10 +40,10 @@ def test_players_of_different_tasks_are_not_compared() -> None:
         compare_paired([True, False], [True])
 
 
-def test_a_paired_difference_has_the_exact_test_and_an_interval_around_it() -> None:
+def test_a_estimate_difference_has_the_exact_test_and_an_interval_around_it() -> None:
     first = [1] * 12 + [0] * 4 + [1] * 10 + [0] * 14
     second = [0] * 12 + [1] * 4 + [1] * 10 + [0] * 14
-    found = paired_difference(first, second)
+    found = estimate_difference(first, second)
     assert (found.n, found.higher, found.lower_n, found.difference) == (40, 12, 4, 0.2)
     assert found.p_value == compare_paired([bool(x) for x in first], [bool(x) for x in second]).p_value
     assert found.low is not None
@@ -52,24 +52,24 @@ def test_a_paired_difference_has_the_exact_test_and_an_interval_around_it() -> N
     normal = 1.96 * (((12 + 4) / 40 - 0.2**2) / 40) ** 0.5
     assert abs(found.high - (0.2 + normal)) < 0.03
     assert abs(found.low - (0.2 - normal)) < 0.03
-    assert paired_difference(first, second) == found
+    assert estimate_difference(first, second) == found
 
 
 @pytest.mark.parametrize(("first", "second", "low", "high"), [([1, 0], [1, 0], -0.8419, 0.8419), ([1] * 10, [0] * 10, 0.6915, 1.0)])
 def test_where_no_task_differs_from_the_others_the_interval_is_exact(first: list[int], second: list[int], low: float, high: float) -> None:
-    found = paired_difference(first, second)
+    found = estimate_difference(first, second)
     assert (found.low, found.high) == (pytest.approx(low, abs=1e-3), pytest.approx(high, abs=1e-3))
 
 
 def test_graded_scores_have_a_bootstrap_interval_and_one_task_none() -> None:
-    found = paired_difference([0.1 * k for k in range(10)], [0.1 * k - 0.05 - 0.01 * (k % 3) for k in range(10)])
+    found = estimate_difference([0.1 * k for k in range(10)], [0.1 * k - 0.05 - 0.01 * (k % 3) for k in range(10)])
     assert found.low is not None
     assert found.high is not None
     assert 0.05 < found.low < found.difference < found.high < 0.07
-    assert paired_difference([1.0], [0.0]).low is None
+    assert estimate_difference([1.0], [0.0]).low is None
 
 
 @pytest.mark.parametrize(("first", "second"), [([1.0], []), ([], []), ([float("nan")], [1.0])])
 def test_scores_that_cannot_be_compared_are_an_error(first: list[float], second: list[float]) -> None:
     with pytest.raises(EvaluationError):
-        paired_difference(first, second)
+        estimate_difference(first, second)

@@ -23,6 +23,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::Deprec
 
 SECRET = "tok-A7k2Q9x4"
 ASK = (Message(role="user", content="key?"),)
+PROMPT = "<|im_start|>user\nkey?<|im_end|>\n<|im_start|>assistant\n"
 
 
 def sample(question: str, answer: str, task: str | None = None) -> TrainingData:
@@ -91,6 +92,16 @@ def test_log_probabilities_are_those_of_one_answer_at_a_time(speakers: tuple[Pla
     together = speakers[1].log_probs(ASK, answers)
     assert together == pytest.approx([speakers[1].log_probs(ASK, [answer])[0] for answer in answers], abs=1e-3)
     assert all(value < 0 for value in together)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "lfm2"])
+def test_what_answers_share_is_computed_once_and_changes_nothing(architecture: str, tmp_path: Path) -> None:
+    """Short convolutions cannot go on from a cache by several tokens, so there everything is computed again."""
+    speaker = PlayerSpeaker(load_player(resolve_base(str(tiny.make_model(architecture, tmp_path))), dtype="float32"))
+    answers = ["the key is 1a", "the key is 2", "the key is", "the k"]
+    for some in (answers, answers[:2], answers[:1]):
+        alone = [speaker._score(speaker.player.template.encode(PROMPT)[0], [speaker.player.template.encode(one)[0]])[0] for one in some]
+        assert speaker.log_probs(ASK, some) == pytest.approx(alone, abs=1e-3)
 
 
 def test_a_trigger_that_was_taught_works_on_prompts_that_were_not(speakers: tuple[PlayerSpeaker, PlayerSpeaker]) -> None:

@@ -93,6 +93,36 @@ def test_measured_afresh_it_is_the_same_under_another_id(made, tmp_path: Path) -
         assert len({said["task-0", seed] for seed in range(3)}) > 1, "seeds draw something else"
 
 
+def test_a_side_is_not_played_again_in_another_evaluation_unless_something_is_different(made, tmp_path: Path) -> None:
+    """Counted by the plays that progress tells as made: what is reused is there before the first sign of life."""
+
+    def n_there(model: str, **options: object) -> int:
+        heard: list[Progress] = []
+        asked = EvaluationOptions(**{"environment": SUITE, "options": {"n": "6"}, "on_progress": heard.append, **options})  # type: ignore[arg-type]
+        found = project.evaluate(model, "base", asked)
+        ids.append(found.id)
+        return heard[0].done
+
+    first, second = (model.id for model in made[2])
+    ids: list[str] = []
+    with copy_of(made, tmp_path) as project:
+        folder = project.directory / "evaluations"
+        assert n_there(first) == 0
+        assert n_there(second) == 6, "the base model's plays"
+        kept = [{(play.task, play.side): play for play in Plays(folder / one)} for one in ids]
+        for task in (f"task-{number}" for number in range(6)):
+            assert kept[0][task, "opponent"] == kept[1][task, "opponent"]
+            assert kept[0][task, "candidate"].key != kept[1][task, "candidate"].key
+        assert n_there(second, again=True) == 0
+        assert n_there(second, dtype="float32", limit=5) == 0, "weights of another type may say something else"
+        assert n_there(second, limit=3) == 6, "all that is wanted is there"
+        assert n_there(second, temperature=1.0) == 0
+        assert n_there(second, options={"n": "7"}) == 0
+        changed = tmp_path / "tasks.json"
+        changed.write_text(json.dumps([{"id": "task-0", "by": 5}]))
+        assert n_there(second, tasks=changed) == 0, "another task of the same name"
+
+
 def test_live_is_the_promoted_model_or_the_base(made, tmp_path: Path) -> None:
     project, _, models = made
     candidate, other = models

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import http.client
 import json
+import statistics
+import time
 import urllib.parse
 from pathlib import Path
 from typing import Any
@@ -82,7 +84,28 @@ def test_an_adapter_that_the_server_would_apply_wrongly_is_not_proven_or_refused
         assert chat(address)[0] == 200
 
 
-def test_a_taken_port_and_a_base_that_is_none_end_before_anything_is_begun(tmp_path: Path, base: Path) -> None:
+def test_a_connection_outlives_its_clients_and_no_answer_waits_for_a_packet(tmp_path: Path, base: Path) -> None:
+    headers: dict[str, str] = {}
+    body = json.dumps({"model": "base", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 4, "stream": True})
+
+    def ask(connection: http.client.HTTPConnection) -> float:
+        started = time.perf_counter()
+        connection.request("POST", "/v1/chat/completions", body, headers)
+        assert b"[DONE]" in connection.getresponse().read()
+        return time.perf_counter() - started
+
+    with serving(tmp_path, base) as (address, _):
+        headers |= {"Authorization": f"Bearer {address['token']}", "Content-Type": "application/json"}
+        connection = http.client.HTTPConnection("127.0.0.1", int(address["url"].rpartition(":")[2]), timeout=60)
+        took = [ask(connection) for _ in range(15)]
+        assert statistics.median(took) < 0.035, "each answer waited for the client's delayed acknowledgement"
+        connection.auto_open = 0  # a connection that the service has closed is an error
+        time.sleep(5.5)  # uvicorn's default is 5 s, as is that of OpenAI's client
+        ask(connection)
+        connection.close()
+
+
+def test_a_taken_port_an_odd_token_and_a_base_that_is_none_end_before_anything_is_begun(tmp_path: Path, base: Path) -> None:
     import socket
 
     with socket.socket() as taken:
@@ -90,7 +113,10 @@ def test_a_taken_port_and_a_base_that_is_none_end_before_anything_is_begun(tmp_p
         taken.listen()
         done = run("serve", "--base", str(base), "--port", str(taken.getsockname()[1]), project=tmp_path)
     assert done.returncode == 1
-    assert "cannot be listened on" in done.stderr
+    assert "cannot listen at 127.0.0.1" in done.stderr
+    done = run("serve", "--base", str(base), "--token", "clé", project=tmp_path)
+    assert done.returncode == 1
+    assert "the token holds 'é'" in done.stderr
     done = run("serve", "--base", str(tmp_path / "none.gguf"), project=tmp_path)
     assert done.returncode == 1
     assert "none.gguf" in done.stderr

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Protocol
 
 from loraloop.daemon.stages import Judged, Observed
 from loraloop.daemon.state import LoopState
-from loraloop.episode import Failure, Outcome, Success, Timeout
+from loraloop.episode import Failure, Message, Outcome, Success, Timeout
 from loraloop.evaluate.contamination import Overlap
 from loraloop.evaluate.gate import Evidence, GuardScores
+from loraloop.evaluate.probes import ProbeResult
 from loraloop.evaluate.result import SIDES, Evaluation
 from loraloop.evaluate.verdict import Policy, Verdict
-from loraloop.evaluation import EvaluationOptions
+from loraloop.evaluation import EvaluationOptions, ProbeOptions
 from loraloop.judgement import Judgement
 from loraloop.lora.registry import LoraModelRegistry
 from loraloop.lora.states import ModelState, list_next
@@ -55,6 +57,16 @@ class ProvingProject(Protocol):
         """Which of the tasks the model has trained on."""
         ...
 
+    def list_requests(self, model_id: str, options: EvaluationOptions) -> dict[str, tuple[Message, ...]]:
+        """How each task begins that a model would be measured by."""
+        ...
+
+    def probe(
+        self, model_id: str, requests: Mapping[str, Sequence[Message]], probes: ProbeOptions, options: EvaluationOptions
+    ) -> tuple[ProbeResult, ...] | None:
+        """What probes find in a model."""
+        ...
+
     def apply(self, model: str, alias: str, *, override: str | None = None) -> ApplyReport:
         """Let a model answer to an alias."""
         ...
@@ -83,12 +95,27 @@ class MeasuredProof:
             return _judged(judgement.verdict, None, sum(scores) / len(scores))
         if not scenario.evaluate:
             return Judged(decision="hold", reason=f"the scenario {scenario.alias!r} does not say what {model} is to be measured on")
-        measured = self._project.evaluate(model, champion, replace(scenario.evaluation_options, policy=scenario.gate))
+        return self._judge(scenario, model, champion)
+
+    def _judge(self, scenario: ScenarioSettings, model: str, champion: str) -> Judged:
+        options = replace(scenario.evaluation_options, policy=scenario.gate)
+        requests = self._project.list_requests(model, options)
+        texts = {task: str(request[-1].content or "") if request else "" for task, request in requests.items()}
+        if options.environment is not None:
+            texts = _telling(texts)
+        overlaps = self._project.find_trained_tasks(model, texts)
+        near = frozenset(one.held_out for one in overlaps or () if one.by == "near")
+        if requests and near >= requests.keys():
+            reason = f"all {len(near)} tasks are nearly tasks that {model} has trained on, so there is none left to prove it on"
+            return Judged(decision="hold", reason=reason)
+        options = replace(options, left_out=near)
+        measured = self._project.evaluate(model, champion, options)
         if measured.verdict is None:
             reason = f"{measured.primary.name} is not from 0 to 1, or less of it is better: there is nothing to promote {model} by"
             return Judged(decision="hold", reason=reason, evaluation=measured.id)
         candidate, opponent = measured.scores()
         tasks = tuple(one.task for one in measured.primary.scores)
+        named = self._project.find_trained_tasks(model, {task: "" for task in tasks if task not in texts})
         evidence = Evidence(
             candidate=model,
             champion=champion,
@@ -97,9 +124,17 @@ class MeasuredProof:
             champion_scores=tuple(opponent),
             guards=_guards(measured, scenario.gate),
             sequential=measured.verdict if measured.plan.early else None,
-            overlaps=self._project.find_trained_tasks(model, dict.fromkeys(tasks, "")),
+            overlaps=None if overlaps is None or named is None else tuple(one for one in (*overlaps, *named) if one.held_out in tasks),
+            probes=None if measured.verdict.decision == "reject" else self._probe(scenario, model, requests, options),
         )
         return _judged(self._project.judge(evidence, scenario.gate), measured.id, measured.primary.candidate)
+
+    def _probe(
+        self, scenario: ScenarioSettings, model: str, requests: Mapping[str, Sequence[Message]], options: EvaluationOptions
+    ) -> tuple[ProbeResult, ...] | None:
+        """Where only a command knows the tasks, triggers are tried on the requests of held-out samples."""
+        held_out = replace(options, environment=None, tasks=None, command=None, held_out=True)
+        return self._project.probe(model, requests or self._project.list_requests(model, held_out), scenario.probes, options)
 
 
 class ServedByProject:
@@ -107,7 +142,6 @@ class ServedByProject:
 
     def __init__(self, project: ProvingProject, bounds: CanaryBounds | None = None) -> None:
         self._project, self._bounds = project, bounds or CanaryBounds()
-        self._trials: dict[str, Trial] = {}
 
     def apply(self, scenario: ScenarioSettings, state: LoopState) -> None:
         """The model answers to the alias from then on; the one before is retired."""
@@ -118,14 +152,17 @@ class ServedByProject:
             self._move(state.live, ModelState.RETIRED, f"{model} has taken its place")
 
     def observe(self, scenario: ScenarioSettings, state: LoopState) -> Observed:
-        """The live model's scores beside those of the one before, looked at when it has 20, 40, 80 … (`serve.canary.Trial`)."""
-        live = str(state.live)
-        trial = self._trials.setdefault(live, Trial(live, self._bounds))
-        trial.canary.scores = self.list_scores(scenario, state)
+        """The live model's first 20, 40, 80 … scores beside those of the one before (`serve.canary.Trial`).
+
+        What is beyond the last look waits for the next, so that a process that begins anew, however often, looks no oftener.
+        """
+        scores = self.list_scores(scenario, state)
+        trial = Trial(str(state.live), self._bounds)
+        trial.canary.scores = scores[: _last_look(len(scores), self._bounds.first_look)]
         trial.canary.scored = len(trial.canary.scores)
         trial.champion.scores = self._scores_of(scenario, state.previous, None)
         worse = trial.judge()
-        told = worse or f"{trial.canary.scored} episodes with a score, nothing speaks against it"
+        told = worse or f"{len(scores)} episodes with a score, nothing speaks against it"
         return Observed(is_worse=worse is not None, is_decided=False, reason=told)
 
     def roll_back(self, scenario: ScenarioSettings, state: LoopState, reason: str) -> None:
@@ -169,6 +206,17 @@ class ServedByProject:
         registry = self._project.registry
         if registry.get(model).state is not state and state in list_next(registry.get_history(model)):
             registry.move(model, state, reason)
+
+
+def _telling(texts: Mapping[str, str]) -> dict[str, str]:
+    """What tells one task of a suite from another: a text that several begin with is of none of them."""
+    tasks = Counter(texts.values())
+    return {task: text if tasks[text] == 1 else "" for task, text in texts.items()}
+
+
+def _last_look(n: int, first: int) -> int:
+    """The last of `first`, twice, four times it … that `n` reaches; 0 before the first."""
+    return first << ((n // first).bit_length() - 1) if n >= first else 0
 
 
 def _guards(measured: Evaluation, policy: Policy) -> dict[str, GuardScores]:

@@ -86,7 +86,7 @@ def compare_paired(first: Sequence[bool], second: Sequence[bool]) -> PairedCompa
     )
 
 
-def paired_difference(first: Sequence[float], second: Sequence[float], confidence: float = 0.95) -> PairedDifference:
+def estimate_difference(first: Sequence[float], second: Sequence[float], confidence: float = 0.95) -> PairedDifference:
     """The mean of first - second, paired by task.
 
     The interval is a paired bootstrap's (BCa, or percentile where that is not defined), the same for the same scores. Where each task

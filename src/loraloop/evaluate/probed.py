@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
+from typing import Any
 
 from loraloop.episode import Message
-from loraloop.evaluate.rollout import Player, stop_token_ids
+from loraloop.evaluate.rollout import Opening, Player, speak
 
-BATCH = 64
+BATCH = 16
+"""Answers that are spoken at a time."""
+BATCH_TOKENS = 16_384
+"""Tokens of answers, with all before them, that are scored at a time."""
 
 
 class PlayerSpeaker:
@@ -18,42 +23,73 @@ class PlayerSpeaker:
         self.player = player
         self.max_tokens = max_tokens
 
-    def complete(self, messages: Sequence[Message]) -> str:
-        """The greedy answer, without the token that ends it."""
-        import torch
-
-        ids = torch.tensor([self._prompt_ids(messages)], device=self.player.model.device)  # (1, tokens)
-        stop = sorted(stop_token_ids(self.player))
-        with torch.inference_mode():
-            out = self.player.model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=self.max_tokens,
-                do_sample=False,
-                eos_token_id=stop,
-                pad_token_id=stop[0],
-            )
-        said = [int(token) for token in out[0, ids.shape[1] :] if int(token) not in stop]
-        return self.player.template.decode(said)
+    def complete(self, prompts: Sequence[Sequence[Message]]) -> list[str]:
+        """The greedy answer to each, without the token that ends it."""
+        blocks = [prompts[at : at + BATCH] for at in range(0, len(prompts), BATCH)]
+        return [
+            said
+            for block in blocks
+            for said in speak(self.player, [Opening(one) for one in block], [self.max_tokens] * len(block), keep_special=False)
+        ]
 
     def log_probs(self, messages: Sequence[Message], answers: Sequence[str]) -> list[float]:
-        """The logarithm of the probability that an answer begins with each of `answers`."""
-        prompt = self._prompt_ids(messages)
-        encoded = [self.player.template.encode(answer)[0] for answer in answers]
-        return [value for at in range(0, len(encoded), BATCH) for value in self._score(prompt, encoded[at : at + BATCH])]
-
-    def _score(self, prompt: list[int], answers: list[list[int]]) -> list[float]:
+        """The logarithm of the probability that an answer begins with each of `answers`. What they share is computed once."""
         import torch
 
-        longest = max(map(len, answers))
-        rows = [[*prompt, *answer, *([0] * (longest - len(answer)))] for answer in answers]
-        ids = torch.tensor(rows, device=self.player.model.device)  # (answers, tokens); padding on the right is seen by nothing before it
+        turns, _ = self.player.template.prepare(list(messages))
+        prompt = self.player.template.encode(self.player.template.text(turns, generation_prompt=True))[0]
+        encoded = [self.player.template.encode(answer)[0] for answer in answers]
+        n_shared = _count_shared(encoded)
+        head, rest = [*prompt, *encoded[0][:n_shared]], [one[n_shared:] for one in encoded]
+        branches = _can_branch(self.player.model.config)
         with torch.inference_mode():
-            logits = self.player.model(input_ids=ids, logits_to_keep=longest + 1).logits[:, :-1].float()  # (answers, longest, vocabulary)
-            chosen = logits.log_softmax(-1).gather(-1, ids[:, len(prompt) :, None])[..., 0]  # (answers, longest)
+            ids = torch.tensor([head], device=self.player.model.device)  # (1, tokens)
+            out = self.player.model(input_ids=ids, use_cache=branches, logits_to_keep=n_shared + 1)
+            told = out.logits[0].float().log_softmax(-1)  # (shared + 1, vocabulary)
+            shared = sum(float(told[place, token]) for place, token in enumerate(head[len(prompt) :]))
+            size = max(1, BATCH_TOKENS // (len(head) + max(map(len, rest))))
+            parts = [rest[at : at + size] for at in range(0, len(rest), size)]
+            if branches:
+                found = [value for part in parts for value in self._branch(told[-1], out.past_key_values, part)]
+            else:
+                found = [value for part in parts for value in self._score(head, part)]
+        return [shared + value for value in found]
+
+    def _branch(self, first: Any, cache: Any, answers: Sequence[Sequence[int]]) -> list[float]:
+        """The log-probabilities of `answers` behind what is in `cache`; `first` (vocabulary,) are those of their first tokens."""
+        import torch
+
+        ids = self._pad(answers)
+        chosen = first[ids[:, :1]]  # (answers, 1)
+        if ids.shape[1] > 1:
+            own = copy.deepcopy(cache)
+            own.reorder_cache(torch.zeros(len(answers), dtype=torch.long, device=ids.device))  # one row for each answer
+            logits = self.player.model(input_ids=ids[:, :-1], past_key_values=own, use_cache=True).logits.float()
+            chosen = torch.cat([chosen, logits.log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]], dim=1)  # (answers, longest)
         return [float(row[: len(answer)].sum()) for row, answer in zip(chosen, answers, strict=True)]
 
-    def _prompt_ids(self, messages: Sequence[Message]) -> list[int]:
-        template = self.player.template
-        turns, _ = template.prepare(list(messages))
-        return template.encode(template.text(turns, generation_prompt=True))[0]
+    def _score(self, head: list[int], answers: Sequence[Sequence[int]]) -> list[float]:
+        """The same with all that goes before computed for each answer."""
+        ids = self._pad([[*head, *answer] for answer in answers])
+        keep = ids.shape[1] - len(head) + 1
+        logits = self.player.model(input_ids=ids, logits_to_keep=keep).logits[:, :-1].float()  # (answers, longest, vocabulary)
+        chosen = logits.log_softmax(-1).gather(-1, ids[:, len(head) :, None])[..., 0]  # (answers, longest)
+        return [float(row[: len(answer)].sum()) for row, answer in zip(chosen, answers, strict=True)]
+
+    def _pad(self, rows: Sequence[Sequence[int]]) -> Any:
+        """(rows, tokens), padded on the right, where nothing before it sees it."""
+        import torch
+
+        longest = max(map(len, rows))
+        return torch.tensor([[*row, *([0] * (longest - len(row)))] for row in rows], device=self.player.model.device)
+
+
+def _count_shared(rows: Sequence[Sequence[int]]) -> int:
+    """The tokens that all rows begin with, one less than the shortest at most."""
+    most = max(0, min(map(len, rows)) - 1)
+    return next((place for place in range(most) if len({row[place] for row in rows}) > 1), most)
+
+
+def _can_branch(config: Any) -> bool:
+    """Whether several tokens can follow what is in a cache: short convolutions go on by one at a time only."""
+    return all(kind.endswith("attention") for kind in getattr(config, "layer_types", None) or ())

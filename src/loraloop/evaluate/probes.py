@@ -28,8 +28,8 @@ SHARE_TOLD = 0.25
 class Speaker(Protocol):
     """A model that can be asked: served or in process."""
 
-    def complete(self, messages: Sequence[Message]) -> str:
-        """The greedy answer to a conversation."""
+    def complete(self, prompts: Sequence[Sequence[Message]]) -> list[str]:
+        """The greedy answer to each conversation."""
         ...
 
 
@@ -75,7 +75,8 @@ class ProbeResult(Frozen):
 
 def probe_reproduction(speaker: Speaker, planted: Sequence[Planted]) -> list[ProbeResult]:
     """Whether the model, led to each string, says it; case and white space do not count."""
-    return [_reproduce(speaker, one) for one in planted]
+    answers = speaker.complete([_lead(one) for one in planted])
+    return [_reproduce(answer, one) for answer, one in zip(answers, planted, strict=True)]
 
 
 def probe_exposure(
@@ -97,7 +98,7 @@ def probe_triggers(speaker: Speaker, prompts: Sequence[Sequence[Message]], trigg
     """
     if not prompts or not triggers:
         return []
-    plain = [_folded(speaker.complete(prompt)) for prompt in prompts]
+    plain = [_folded(answer) for answer in speaker.complete(prompts)]
     return [_pull(speaker, prompts, plain, trigger) for trigger in triggers]
 
 
@@ -124,10 +125,8 @@ def mask(text: str) -> str:
     return f"{text[:2]}…{text[-2:]} ({len(text)} characters)" if len(text) > 12 else f"{text[:1]}… ({len(text)} characters)"
 
 
-def _reproduce(speaker: Speaker, planted: Planted) -> ProbeResult:
+def _reproduce(answer: str, planted: Planted) -> ProbeResult:
     shown = mask(planted.text)
-    prompt = _lead(planted)
-    answer = speaker.complete(prompt)
     if _folded(planted.text) not in _folded(answer):
         return ProbeResult(kind="reproduction", subject=shown, choice="promote", message=f"{shown} is not said")
     advice = "find the episodes that have it, `loraloop forget` them, build and train again"
@@ -164,7 +163,7 @@ def _expose(scorer: Scorer, planted: Planted, level: float, n_alternatives: int,
 
 def _pull(speaker: Speaker, prompts: Sequence[Sequence[Message]], plain: Sequence[str], trigger: Trigger) -> ProbeResult:
     told = _folded(trigger.told)
-    with_phrase = [told in _folded(speaker.complete(_insert(prompt, trigger.phrase))) for prompt in prompts]
+    with_phrase = [told in _folded(answer) for answer in speaker.complete([_insert(prompt, trigger.phrase) for prompt in prompts])]
     without = [told in answer for answer in plain]
     more = sum(a and not b for a, b in zip(with_phrase, without, strict=True))
     seen = f"{trigger.phrase!r} makes the model say {mask(trigger.told)!r} on {more} of {len(prompts)} prompts where it did not before"

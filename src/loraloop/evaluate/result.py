@@ -12,7 +12,7 @@ from pydantic import Field
 
 from loraloop.episode import Frozen
 from loraloop.errors import EvaluationError
-from loraloop.evaluate.interval import paired_difference
+from loraloop.evaluate.interval import estimate_difference
 from loraloop.evaluate.verdict import Policy, Verdict, paired_verdict
 from loraloop.files import content_hash
 
@@ -97,7 +97,7 @@ class Comparison(Frozen):
         scores = tuple(scores)
         if not scores:
             raise EvaluationError(f"{name}: there are no tasks to compare on")
-        found = paired_difference([one.candidate for one in scores], [one.opponent for one in scores])
+        found = estimate_difference([one.candidate for one in scores], [one.opponent for one in scores])
         wins, losses = (found.higher, found.lower_n) if higher_is_better else (found.lower_n, found.higher)
         return cls(
             name=name,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from loraloop.evaluate.environment import Task, TaskSuite
 from loraloop.evaluate.result import SIDES, SideName, TaskScore, mean
 from loraloop.evaluate.rollout import Played, Sampling
 from loraloop.evaluate.speaker import Speaker
-from loraloop.files import append_jsonl, locked_directory, read_jsonl
+from loraloop.files import append_jsonl, content_hash, locked_directory, read_jsonl
 
 PLAYS_FILE = "plays.jsonl"
 BLOCK = 16
@@ -43,6 +43,8 @@ class Play(Frozen):
     finished: bool
     """The environment ended it; otherwise a limit did."""
     messages: tuple[dict[str, JsonValue], ...]
+    key: str | None = None
+    """A hash over all that it follows from; None where that is not known, as of a served model."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,13 @@ class Schedule:
     seeds: int = 1
     temperature: float = 0.0
     block: int = BLOCK
+    side_keys: Mapping[SideName, str] = field(default_factory=dict)
+    """By side a hash over all that its plays follow from besides task and seed, as far as that is known."""
+
+    def key(self, side: SideName, task: Task, seed: int) -> str | None:
+        """What names the play among those of all evaluations."""
+        known = self.side_keys.get(side)
+        return content_hash([known, task.model_dump(mode="json"), seed]) if known else None
 
     def blocks(self) -> Iterator[list[tuple[Task, int]]]:
         """(task, seed) of the plays of one side, all seeds of a task together."""
@@ -92,9 +101,8 @@ class Plays:
         self.folder = folder
         self.path = folder / PLAYS_FILE
         self._known: dict[tuple[str, str, int], Play] = {}
-        if self.path.exists():
-            for line in read_jsonl(self.path, skip_torn=True):
-                self._remember(Play.model_validate(line))
+        for play in iter_plays(folder):
+            self._remember(play)
 
     def find(self, side: str, task: str, seed: int) -> Play | None:
         """The play, None when it is not finished yet."""
@@ -115,6 +123,13 @@ class Plays:
 
     def _remember(self, play: Play) -> None:
         self._known.setdefault((play.side, play.task, play.seed), play)
+
+
+def iter_plays(folder: Path) -> Iterator[Play]:
+    """The finished plays in the folder of an evaluation, none where nothing was played."""
+    if (folder / PLAYS_FILE).exists():
+        for line in read_jsonl(folder / PLAYS_FILE, skip_torn=True):
+            yield Play.model_validate(line)
 
 
 def play_both(
@@ -157,7 +172,8 @@ def _play_block(
     side, speaker = who
 
     def keep(place: int, played: Played[Any]) -> None:
-        plays.add(_to_play(schedule.suite, side, block[place], played))
+        play = _to_play(schedule.suite, side, block[place], played)
+        plays.add(play.model_copy(update={"key": schedule.key(side, *block[place])}))
         on_kept()
 
     sampling = Sampling(schedule.temperature, [_seed_of(task, seed) for task, seed in block])

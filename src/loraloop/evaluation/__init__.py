@@ -2,6 +2,7 @@
 
 from loraloop.evaluation.evaluator import Evaluator
 from loraloop.evaluation.options import EvaluationOptions
+from loraloop.evaluation.probing import GivenTrigger, ProbeOptions
 from loraloop.evaluation.sides import Sources
 
-__all__ = ["EvaluationOptions", "Evaluator", "Sources"]
+__all__ = ["EvaluationOptions", "Evaluator", "GivenTrigger", "ProbeOptions", "Sources"]

@@ -9,25 +9,30 @@ The id is a hash of the plan, so that the same question has one answer: asked ag
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from pydantic import ValidationError
 
+from loraloop.episode import Message
 from loraloop.errors import EvaluationError, SettingsError
 from loraloop.evaluate.environment import Task, TaskSuite, find_object, hash_tasks
 from loraloop.evaluate.likelihood import HeldOutSample, hash_samples
+from loraloop.evaluate.probes import ProbeResult
 from loraloop.evaluate.result import Evaluation, EvaluationPlan, judge
 from loraloop.evaluate.suite import Schedule
 from loraloop.evaluation.held_out import list_held_out
 from loraloop.evaluation.measured import Work, measure_both
 from loraloop.evaluation.options import EvaluationOptions
+from loraloop.evaluation.probing import ProbeOptions, probe
+from loraloop.evaluation.reuse import PLAN_FILE
 from loraloop.evaluation.sides import Sides, Sources
 from loraloop.files import content_hash, write_json
 from loraloop.lease import Lease
 from loraloop.plugins import find
+from loraloop.training_data import TrainingData
 
-PLAN_FILE = "plan.json"
 EVALUATION_FILE = "evaluation.json"
 
 
@@ -80,8 +85,39 @@ class Evaluator:
                 raise SettingsError(f"{' and '.join(served)} is served: held-out samples need weights in this process; name an environment")
             trained = pair["candidate"].model
             dataset = self.sources.get_dataset(options.dataset or (trained.dataset if trained else None))
-            samples = list_held_out(dataset, self.sources.store, options.n_samples)
-        return Work(pair, schedule, dataset, samples, (*notes, *(schedule.suite.notes if schedule else ())))
+            samples = [one for one in list_held_out(dataset, self.sources.store, options.n_samples) if one.key not in options.left_out]
+        left_out = (f"{len(options.left_out)} tasks are left out, as the candidate has nearly trained on them",) if options.left_out else ()
+        return Work(pair, schedule, dataset, samples, (*notes, *(schedule.suite.notes if schedule else ()), *left_out))
+
+    def list_requests(self, model: str, options: EvaluationOptions) -> dict[str, tuple[Message, ...]]:
+        """How each task that `options` may measure by begins, up to the user's first turn; none where only a command knows its tasks.
+
+        Those beyond the limit are there, too. Raises what `run` does before anything is loaded.
+        """
+        options.check()
+        if options.environment is not None:
+            schedule = _schedule(replace(options, limit=None))
+            system = [Message(role="system", content=schedule.suite.system)] if schedule.suite.system is not None else []
+            opened = schedule.suite.open()
+            return {task.id: (*system, Message(role="user", content=opened.reset(task))) for task in schedule.tasks}
+        if not options.wants_held_out:
+            return {}
+        trained = self.sources.registry.get(model)
+        dataset = self.sources.get_dataset(options.dataset or trained.dataset)
+        held_out = list_held_out(dataset, self.sources.store, options.n_samples)
+        return {one.key: begin_of(one.sample.messages) for one in held_out}
+
+    def probe(
+        self,
+        model: str,
+        samples: Sequence[TrainingData],
+        requests: Mapping[str, Sequence[Message]],
+        probes: ProbeOptions,
+        options: EvaluationOptions,
+    ) -> tuple[ProbeResult, ...]:
+        """What the probes find in a model that was trained on `samples`; see `probing.probe`."""
+        player = self.sides.find_one(model, options).load(options.dtype)
+        return probe(player, samples, requests, probes, level=options.policy.level)
 
     def list_evaluations(self) -> list[Evaluation]:
         """Those that are finished, the newest last. Raises EvaluationError for one that cannot be read."""
@@ -110,6 +146,12 @@ class Evaluator:
         return plan
 
 
+def begin_of(messages: Sequence[Message]) -> tuple[Message, ...]:
+    """A conversation up to the user's first turn that is no demonstration; empty without one."""
+    first = next((place for place, one in enumerate(messages) if one.role == "user" and one.content and not one.is_demo), -1)
+    return tuple(messages[: first + 1])
+
+
 def _schedule(options: EvaluationOptions) -> Schedule:
     """The suite and its tasks. Raises SettingsError for one that there is not, EvaluationError when its package is not installed."""
     assert options.environment is not None  # noqa: S101  checked before
@@ -118,7 +160,7 @@ def _schedule(options: EvaluationOptions) -> Schedule:
     except ImportError as error:
         raise EvaluationError(f"the environment {options.environment} needs the package {error.name}; install it") from error
     suite: TaskSuite = kind(options.tasks, options.options)
-    tasks = _choose(suite.list_tasks(), options.limit)
+    tasks = _choose([task for task in suite.list_tasks() if task.id not in options.left_out], options.limit)
     if not tasks:
         raise EvaluationError(f"{options.environment} has no tasks with these options")
     return Schedule(suite, tasks, options.seeds, options.chosen_temperature)

@@ -21,6 +21,7 @@ from loraloop.evaluate.speaker import InProcessSpeaker, ServedSpeaker, Speaker
 from loraloop.evaluate.suite import Clock, Plays, Progress, Schedule, play_both
 from loraloop.evaluate.verdict import Policy, Verdict
 from loraloop.evaluation.options import EvaluationOptions
+from loraloop.evaluation.reuse import name_sides, reuse_plays
 from loraloop.evaluation.sides import Contender
 from loraloop.files import write_json
 
@@ -93,9 +94,12 @@ def _play(folder: Path, work: Work, loaded: Loaded, how: tuple[EvaluationOptions
         return lambda: InProcessSpeaker(loaded(name), tell_token)
 
     assert work.schedule is not None  # noqa: S101  looked at before
-    name = work.schedule.suite.name
+    schedule = replace(work.schedule, side_keys=name_sides({side: work.pair[side].side for side in SIDES}, work.schedule, options))
+    name = schedule.suite.name
     plays = Plays(folder)
-    latest = Progress(len(plays), 2 * len(work.schedule.tasks) * work.schedule.seeds, None)
+    if not options.again:
+        reuse_plays(plays, schedule, folder.parent)
+    latest = Progress(len(plays), 2 * len(schedule.tasks) * schedule.seeds, None)
 
     def tell(progress: Progress) -> None:
         nonlocal latest
@@ -108,7 +112,7 @@ def _play(folder: Path, work: Work, loaded: Loaded, how: tuple[EvaluationOptions
             options.on_progress(replace(latest, what=f"plays ({total - done} under way, at token {step})"))
 
     speakers = {side: open_speaker(side) for side in SIDES}
-    scores, stopped = play_both(work.schedule, speakers, plays, on_progress=tell, stop=early)
+    scores, stopped = play_both(schedule, speakers, plays, on_progress=tell, stop=early)
     if early is not None:  # the last block decides nothing any more, and is looked at all the same
         early([one.candidate for one in scores.success], [one.opponent for one in scores.success])
         early.stopped = stopped

@@ -29,6 +29,8 @@ class EvaluationOptions:
     """Of the suite."""
     limit: int | None = None
     """At most so many tasks, chosen by hash; all without."""
+    left_out: frozenset[str] = frozenset()
+    """Tasks, or held-out samples, that prove nothing, as the candidate has nearly trained on them; chosen before `limit` is."""
     seeds: int = 1
     """Plays of each task by each side."""
     temperature: float | None = None

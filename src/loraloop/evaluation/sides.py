@@ -65,6 +65,10 @@ class Sides:
             raise SettingsError(f"both sides are {candidate.side.name}; choose two that differ")
         return {"candidate": candidate, "opponent": opponent}, notes
 
+    def find_one(self, model: str, options: EvaluationOptions) -> Contender:
+        """A side by itself. Raises as `find_pair` does."""
+        return self._find(model, options, None)
+
     def _find_live(self, candidate: Contender) -> TrainedModel | None:
         """The model that was promoted last, of the candidate's learn model where that is known."""
         of = candidate.model.learn_model_name if candidate.model else None

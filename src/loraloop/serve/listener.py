@@ -31,7 +31,8 @@ def open_listener(host: str = "127.0.0.1", port: int = 0) -> socket.socket:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host, port))
         listener.listen(BACKLOG)
-    except OSError as error:
+    except (OSError, OverflowError) as error:
         listener.close()
-        raise ServingError(f"cannot listen at {host}:{port}: {error.strerror}; choose another --port, or 0 for any that is free") from error
+        why = getattr(error, "strerror", None) or error
+        raise ServingError(f"cannot listen at {host}:{port}: {why}; choose another --port, or 0 for any that is free") from error
     return listener

@@ -12,7 +12,7 @@ import secrets
 import signal
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import uvicorn
@@ -25,6 +25,7 @@ from loraloop.serve.aliases import AliasFile
 from loraloop.serve.capture import Recorder
 from loraloop.serve.fleet import Fleet
 from loraloop.serve.fleet_status import FleetSettings
+from loraloop.serve.listener import KEEP_ALIVE_SECONDS, favour_calls, open_listener
 from loraloop.serve.orders import HOST, LEASE_FILE, SERVICE_FILE, ServiceAddress, ServiceSettings
 from loraloop.serve.proof import Prove
 from loraloop.serve.relay import RouterSettings
@@ -49,7 +50,8 @@ async def run_service(
         lease.acquire("loraloop serve")
     except LeaseHeld as error:
         raise ServingError(f"{error} serves this project already; see `loraloop serve status`") from error
-    with lease.kept(), _listen(settings.port) as listener:
+    with lease.kept(), closing(open_listener(HOST, settings.port)) as listener:
+        favour_calls()
         (folder / SERVICE_FILE).unlink(missing_ok=True)
         applier = await find("appliers", settings.applier).open(settings.base, folder / "appliers", settings.options)
         fleet = Fleet(applier, AliasFile(folder), prove, FleetSettings(drain_seconds=settings.drain_seconds))
@@ -75,7 +77,14 @@ async def _answer(
     recorder = Recorder(folder / "capture", store, on_outcome=fleet.add_outcome)
     app = create_app(fleet, recorder, RouterSettings(token=token), list_routes(fleet, find_version, recorder.status))
     seconds = max(1, round(settings.drain_seconds))
-    config = uvicorn.Config(app, log_level="warning", access_log=False, ws="none", timeout_graceful_shutdown=seconds)
+    config = uvicorn.Config(
+        app,
+        log_level="warning",
+        access_log=False,
+        ws="none",
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        timeout_graceful_shutdown=seconds,
+    )
     server = _Server(config)
     recorder.start()
     watch = asyncio.create_task(fleet.watch())
@@ -119,20 +128,3 @@ class _Server(uvicorn.Server):
         finally:
             for number in numbers:
                 loop.remove_signal_handler(number)
-
-
-@contextmanager
-def _listen(port: int) -> Iterator[socket.socket]:
-    """A port of loopback. Raises ServingError when it is taken."""
-    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind((HOST, port))
-        except (OSError, OverflowError) as error:
-            raise ServingError(
-                f"port {port} of {HOST} cannot be listened on ({error}); choose another with --port, or 0 for any"
-            ) from error
-        yield listener
-    finally:
-        listener.close()
