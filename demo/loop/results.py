@@ -13,7 +13,7 @@ from rich.table import Table
 
 from demo.loop.plan import ALIAS, PLAYS, PROJECT
 from loraloop.daemon.state import Stage, iter_moves
-from loraloop.evaluate.interval import PairedDifference, SuccessRate, paired_difference, success_rate
+from loraloop.evaluate.interval import PairedDifference, SuccessRate, estimate_difference, success_rate
 from loraloop.files import read_jsonl
 from loraloop.project import Project
 
@@ -87,7 +87,7 @@ def read_spans(directory: Path, began: float) -> list[Span]:
 
 def compare(generations: Sequence[Generation]) -> list[tuple[Generation, Generation, PairedDifference]]:
     """Each generation beside the one before, goal by goal."""
-    return [(second, first, paired_difference(second.wins, first.wins)) for first, second in pairwise(generations)]
+    return [(second, first, estimate_difference(second.wins, first.wins)) for first, second in pairwise(generations)]
 
 
 def tabulate(generations: Sequence[Generation]) -> Table:
