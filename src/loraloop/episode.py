@@ -337,8 +337,12 @@ class EpisodeDto(Frozen):
     n_records: int
 
 
+LICENSE_TAG = "license"
+"""The tag that says under which terms an episode is. Terms are no content: the same episode under other terms is the same."""
+
+
 class Label(Frozen):
-    """How an episode ended, as somebody said at some time; the newest one counts, and those before it stay readable."""
+    """How an episode ended, or its terms, as somebody said at some time; the newest one counts, and those before it stay readable."""
 
     episode_id: EpisodeId
     outcome: AnyOutcome
@@ -347,6 +351,8 @@ class Label(Frozen):
     source: str = ""
     """Who said it: `recorded` for what the episode came with, a file, a person, a judge."""
     comment: str = ""
+    license: str | None = None
+    """The terms that the episode is under from now on. A label that says them leaves the outcome as it is, whatever stands in `outcome`."""
 
 
 RECORDED = "recorded"

@@ -104,7 +104,7 @@ def label_from(store: EpisodeStore, path: Path, key: str | None = None) -> Label
         found = _find(store, verdict.names, key, by_tag)
         if len(found) == 1:
             label = Label(episode_id=found[0], outcome=verdict.outcome, source=str(path))
-            last = store.get_labels(found[0])[-1]
+            last = next(said for said in reversed(store.get_labels(found[0])) if said.license is None)
             is_known = (last.outcome, last.source) == (label.outcome, label.source)
             counts["known" if is_known else "joined"] += 1
             labels += [] if is_known else [label]

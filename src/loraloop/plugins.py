@@ -29,7 +29,7 @@ class EpisodeStore(Protocol):
         """Keep `episode`; False when the very same is there already, or one that continues it, or when it was forgotten.
 
         One that continues an open episode takes its place, without a new one in the order. Raises StoreError when another one has
-        its id. What it is the same as is the episode as it was recorded, whatever labels it has got since.
+        its id. What it is the same as is the episode as it was recorded, whatever labels it has got since, and whatever terms it names.
         """
         ...
 
@@ -64,6 +64,7 @@ class EpisodeStore(Protocol):
     def add_labels(self, labels: Sequence[Label]) -> None:
         """Say how episodes ended, in order, all or none: each is read, listed and filtered with its newest outcome from now on.
 
+        A label that says terms sets the tag `license`, and leaves the outcome; it is kept with the outcome of that time.
         Raises StoreError when one of them is not there.
         """
         ...

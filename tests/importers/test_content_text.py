@@ -34,7 +34,9 @@ def plainly(episode):
     """As it was made at first: every part as Python values, then one text."""
     said = episode.model_dump(mode="json", exclude={"id", "outcome", "tools", "metadata"}, exclude_defaults=True)
     said["outcome"] = episode.model_dump(mode="json", include={"outcome"})["outcome"]
-    said["metadata"] = episode.metadata.model_dump(mode="json", exclude={"created_at"}, exclude_defaults=True)
+    tags = {tag: text for tag, text in episode.metadata.tags.items() if tag != "license"}
+    metadata = episode.metadata.model_copy(update={"tags": tags})
+    said["metadata"] = metadata.model_dump(mode="json", exclude={"created_at"}, exclude_defaults=True)
     said["tools"] = [json.dumps(tool, ensure_ascii=False) for tool in episode.tools]
     return canonical_json(said)
 
@@ -47,7 +49,7 @@ EPISODES = st.builds(
     outcome=OUTCOMES,
     task_id=MAYBE,
     is_open=st.booleans(),
-    metadata=st.builds(EpisodeMetadata, tags=st.dictionaries(TEXT, TEXT, max_size=2), scenario=MAYBE),
+    metadata=st.builds(EpisodeMetadata, tags=st.dictionaries(TEXT | st.just("license"), TEXT, max_size=2), scenario=MAYBE),
 )
 
 

@@ -25,6 +25,7 @@ def test_an_account_of_every_entry_is_given(store, fixtures):
         "read": 15,
         "stored": 0,
         "duplicates": 0,
+        "relicensed": 0,
         "refused": {
             "bad_encoding": 1,
             "bad_reward": 3,
@@ -52,6 +53,24 @@ def test_a_second_ingest_from_any_path_stores_nothing(store, fixtures, tmp_path)
 def test_a_row_that_is_there_twice_is_stored_once(store, write):
     report = ingest_file(store, write(rows(2) + "\n" + rows(3)))
     assert (report.read, report.stored, report.duplicates) == (5, 3, 2)
+
+
+def test_terms_that_are_given_later_are_a_label(store, write):
+    path = write(rows(3))
+    one, other = (ingest_file(store, path).stored, ingest_file(store, path, license_name="MIT"))
+    assert (one, other.stored, other.duplicates, other.relicensed, store.count()) == (3, 0, 3, 3, 3)
+    assert [dto.metadata.tags["license"] for dto in store.list_meta()] == ["MIT"] * 3
+    assert [ingest_file(store, path, license_name=name).relicensed for name in ("MIT", None, "own", "own")] == [0, 0, 3, 0]
+    labels = store.get_labels(store.list_meta()[0].id)
+    assert [(label.license, label.source) for label in labels] == [(None, "recorded"), ("MIT", "ingest"), ("own", "ingest")]
+
+
+def test_terms_that_entries_name_themselves_stay(store, write):
+    row = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "license": "%s"}'
+    files = [write(row % name, f"{name}.jsonl") for name in ("MIT", "BSD")]
+    reports = [ingest_file(store, path, license_name="own") for path in files * 2]
+    assert [(report.stored, report.relicensed) for report in reports] == [(1, 0), (0, 0), (0, 0), (0, 0)]
+    assert store.list_meta()[0].metadata.tags["license"] == "MIT"
 
 
 def test_batches_and_progress_cover_everything(store, write):

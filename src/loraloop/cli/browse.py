@@ -79,7 +79,8 @@ def show_episode(episode_id: IdArgument, project: ProjectOption = DEFAULT_PROJEC
     for record in episode.records:
         write_text(record.model_dump_json(exclude_none=True))
     for label in labels[1:]:
-        write_text(f"label {label.outcome}  by {label.source or '-'}  {label.comment}".rstrip())
+        what = label.outcome if label.license is None else f"license {label.license}"
+        write_text(f"label {what}  by {label.source or '-'}  {label.comment}".rstrip())
     show_next("loraloop build", project)
 
 

@@ -93,6 +93,9 @@ def _end(reports: list[IngestReport], license_name: str | None, project: Path) -
     if not any(report.stored or report.duplicates for report in reports):
         err().print("Error: nothing was stored, and nothing of it was known already", markup=False)
         raise typer.Exit(1)
+    if relicensed := sum(report.relicensed for report in reports):
+        said = "were there under other terms or none; the terms said now count, and `loraloop episodes show` has those before"
+        err().print(f"{relicensed} episodes {said}", markup=False)
     if license_name is None:
         err().print("No --license was given: build takes what says no terms with --unknown-license allow only", markup=False)
     show_next("loraloop build" if license_name else "loraloop build --unknown-license allow", project)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from loraloop.dataset.scan import Scanner, describe_places
 from loraloop.dataset.settings import DatasetSettings
 from loraloop.dataset.split import TaskText
-from loraloop.episode import Episode
+from loraloop.episode import LICENSE_TAG, Episode
 from loraloop.errors import DatasetError
 from loraloop.training_data import Refusal, TrainingData
 
@@ -57,7 +57,7 @@ class Accounts:
     def admit(self, episodes: Iterable[Episode], settings: DatasetSettings) -> Iterator[Episode]:
         """Take every episode into the accounts; gives those whose terms, secrets and personal data let them in."""
         for episode in episodes:
-            said = episode.metadata.tags.get("license", "").strip()
+            said = episode.metadata.tags.get(LICENSE_TAG, "").strip()
             terms = UNKNOWN_LICENSE if said.casefold() in _SAYS_NOTHING else said
             self.known[episode.id] = Known(TaskText.of(episode), _source_of(episode), episode.outcome.kind, terms)
             places = self.scanner.scan(episode)

@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import BaseModel, JsonValue, TypeAdapter
 from pydantic_core import PydanticSerializationError, to_json
 
-from loraloop.episode import Episode, FunctionCall, Message, ToolCall
+from loraloop.episode import LICENSE_TAG, Episode, EpisodeMetadata, FunctionCall, Message, ToolCall
 from loraloop.files import canonical_json
 from loraloop.importers.remembered import Remembered
 
@@ -27,7 +27,7 @@ _FIELDS: dict[type[BaseModel], list[tuple[str, Any]]] = {
 
 
 def content_text(episode: Episode) -> str:
-    """Everything that `episode` says except its id and the time it was taken in.
+    """Everything that `episode` says except its id, the time it was taken in, and its terms.
 
     The order of keys in tool schemas counts, as chat templates render them in that order. Fields at their defaults do not, so a
     field added to Episode later leaves the text of episodes without it as it was.
@@ -35,11 +35,17 @@ def content_text(episode: Episode) -> str:
     unsaid = {"id", "outcome", "messages", "tools", "metadata"}
     said = episode.model_dump(mode="json", exclude=unsaid, exclude_defaults=True)
     said["outcome"] = episode.model_dump(mode="json", include={"outcome"})["outcome"]
-    said["metadata"] = episode.metadata.model_dump(mode="json", exclude={"created_at"}, exclude_defaults=True)
+    said["metadata"] = _without_terms(episode.metadata).model_dump(mode="json", exclude={"created_at"}, exclude_defaults=True)
     texts = {key: canonical_json(value) for key, value in said.items()} | {"tools": _tools_text(episode.tools)}
     if episode.messages:
         texts["messages"] = messages_text(episode.messages)
     return "{" + ",".join(f'"{key}":{text}' for key, text in sorted(texts.items())) + "}"
+
+
+def _without_terms(metadata: EpisodeMetadata) -> EpisodeMetadata:
+    if LICENSE_TAG not in metadata.tags:
+        return metadata
+    return metadata.model_copy(update={"tags": {tag: said for tag, said in metadata.tags.items() if tag != LICENSE_TAG}})
 
 
 def messages_text(messages: tuple[Message, ...]) -> str:

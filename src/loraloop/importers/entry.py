@@ -49,7 +49,7 @@ def convert_entries(path: Path, entries: Iterable[Entry], convert: Callable[[obj
 
 
 def with_content_id(episode: Episode) -> Episode:
-    """`episode` under the id that follows from everything it says except its present id and the time it was taken in."""
+    """`episode` under the id that follows from everything it says except its present id, the time it was taken in, and its terms."""
     return episode.model_copy(update={"id": EpisodeId.from_content(text_hash(content_text(episode)))})
 
 

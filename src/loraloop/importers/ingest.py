@@ -15,9 +15,8 @@ from pathlib import Path
 from pydantic import BaseModel, Field, JsonValue
 
 from loraloop.chat.refused_entry import EntryRefused, shorten
-from loraloop.episode import Episode, Frozen, Message
+from loraloop.episode import LICENSE_TAG, Episode, Frozen, Label, Message
 from loraloop.errors import ImportFailed
-from loraloop.importers.entry import with_content_id
 from loraloop.importers.scores import ScoreRule, describe, score_of
 from loraloop.importers.sources import SIDE_FILES, Found, search
 from loraloop.importers.unpacking import Plain, open_plain
@@ -49,6 +48,8 @@ class IngestReport(Frozen):
     stored: int = 0
     duplicates: int = 0
     """Episodes that the store had already, or that the file has twice."""
+    relicensed: int = 0
+    """Of these, those whose terms were said now: the store had none, or others than were given."""
     refused: dict[str, int] = Field(default_factory=dict)
     """Counts by reason, reasons sorted."""
     refusals: tuple[Refusal, ...] = ()
@@ -57,12 +58,12 @@ class IngestReport(Frozen):
     """The score that was declared to count, or the range of those that were taken as recorded."""
 
     def to_json(self) -> dict[str, JsonValue]:
-        """The counts, for `--json`: path, format, read, stored, duplicates, refused, scores."""
+        """The counts, for `--json`: path, format, read, stored, duplicates, relicensed, refused, scores."""
         return self.model_dump(mode="json", exclude={"refusals"})
 
     def plus(self, other: IngestReport) -> IngestReport:
         """Both as one, of two pieces of one file."""
-        sums = {name: getattr(self, name) + getattr(other, name) for name in ("read", "stored", "duplicates")}
+        sums = {name: getattr(self, name) + getattr(other, name) for name in ("read", "stored", "duplicates", "relicensed")}
         refused = dict(sorted((Counter(self.refused) + Counter(other.refused)).items()))
         return self.model_copy(update={**sums, "refused": refused, "refusals": (self.refusals + other.refusals)[:MAX_REFUSALS]})
 
@@ -79,8 +80,9 @@ def ingest_file(
 ) -> IngestReport:
     """Take every entry of `path` into `store` and say what became of each.
 
-    The format is told from the file unless `format_name` says it. An episode without the tag `license` gets `license_name`,
-    and with `score_rule` its outcome is what that score says. One that was forgotten is refused, unless `readmit` takes it in again.
+    The format is told from the file unless `format_name` says it. An episode without the tag `license` gets `license_name`, by a label
+    where the store has it already; with `score_rule` its outcome is what that score says. One that was forgotten is refused, unless
+    `readmit` takes it in again.
     `on_progress(entries read, entries in all or None)` is called after every batch. Raises ImportFailed when the file as a whole
     cannot be read, SettingsError for an unknown `format_name`; batches stored before stay, and ingesting again goes on from there.
     """
@@ -122,14 +124,16 @@ def _ingest(
     refusals: list[Refusal] = []
     refused = Counter[str]()
     scores: set[float] = set()
-    n_read = 0
+    n_read = relicensed = 0
     for batch in _iter_batches(_iter_all(importer, plain, score_rule)):
         episodes = [with_license(entry, license_name) for entry in batch if isinstance(entry, Episode)]
         scores = _range(scores | {score for episode in episodes if (score := score_of(episode.outcome)) is not None})
         if readmit and (back := [episode for episode, out in zip(episodes, store.find_forgotten(episodes), strict=True) if out]):
             store.readmit(back)
         added = store.append_many(episodes)
-        kept_out = _refuse_forgotten(store, plain.name, [episode for episode, is_new in zip(episodes, added, strict=True) if not is_new])
+        known = [episode for episode, is_new in zip(episodes, added, strict=True) if not is_new]
+        relicensed += _say_terms(store, known, license_name)
+        kept_out = _refuse_forgotten(store, plain.name, known)
         stored.update({True: sum(added), False: len(added) - sum(added) - len(kept_out)})
         new = [*(entry for entry in batch if isinstance(entry, Refusal)), *kept_out]
         refused.update(refusal.reason for refusal in new)
@@ -143,6 +147,7 @@ def _ingest(
         read=n_read,
         stored=stored[True],
         duplicates=stored[False],
+        relicensed=relicensed,
         refused=dict(sorted(refused.items())),
         refusals=tuple(refusals),
         scores=describe(score_rule, scores),
@@ -179,12 +184,24 @@ def _refuse_forgotten(store: EpisodeStore, name: str, episodes: Sequence[Episode
 
 
 def with_license(episode: Episode, name: str | None) -> Episode:
-    """`episode` under the terms `name` unless it names its own; terms are content, so an id made from content is made anew."""
-    if name is None or episode.metadata.tags.get("license"):
+    """`episode` under the terms `name` unless it names its own; its id stays, as terms are no content."""
+    if name is None or episode.metadata.tags.get(LICENSE_TAG):
         return episode
-    tags = dict(sorted({**episode.metadata.tags, "license": name}.items()))
-    tagged = episode.model_copy(update={"metadata": episode.metadata.model_copy(update={"tags": tags})})
-    return with_content_id(tagged) if episode.id == with_content_id(episode).id else tagged
+    tags = dict(sorted({**episode.metadata.tags, LICENSE_TAG: name}.items()))
+    return episode.model_copy(update={"metadata": episode.metadata.model_copy(update={"tags": tags})})
+
+
+def _say_terms(store: EpisodeStore, known: Sequence[Episode], given: str | None) -> int:
+    """Label those of the `known` that are stored without terms, or under others than were `given` now; how many."""
+    told = {episode.id: terms for episode in known if (terms := episode.metadata.tags.get(LICENSE_TAG))}
+    labels = []
+    for episode_id, terms in told.items():
+        kept = store.find(episode_id)
+        before = kept.metadata.tags.get(LICENSE_TAG) if kept else terms
+        if kept and (not before or (before != terms and terms == given)):  # what two files say of one run themselves does not go to and fro
+            labels.append(Label(episode_id=kept.id, outcome=kept.outcome, source="ingest", license=terms))
+    store.add_labels(labels)
+    return len(labels)
 
 
 def refuse_file(path: Path, error: ImportFailed) -> IngestReport:

@@ -16,7 +16,7 @@ from pydantic import JsonValue, TypeAdapter
 
 from loraloop.chat.openai_messages import Taken, require_turns, take_messages, take_tools
 from loraloop.chat.refused_entry import EntryRefused, find_finite, show
-from loraloop.episode import Episode, EpisodeMetadata, Failure, Message, Success
+from loraloop.episode import LICENSE_TAG, Episode, EpisodeMetadata, Failure, Message, Success
 from loraloop.files import canonical_json
 from loraloop.importers.anthropic import is_anthropic
 from loraloop.importers.entry import convert_entries, ignored_tag, require_clean
@@ -218,4 +218,6 @@ def _other_keys(row: dict[str, object]) -> tuple[dict[str, str], set[str]]:
     known = _KNOWN if _has_task_id(row) or row.get("task_id") is None else _KNOWN - {"task_id"}
     texts = {key: canonical_json(value) for key, value in row.items() if key not in known}
     kept = {key: text for key, text in texts.items() if len(text) < MAX_TAG_CHARS and key not in _OWN_TAGS}
+    if isinstance(terms := row.get(LICENSE_TAG), str) and LICENSE_TAG in kept:
+        kept[LICENSE_TAG] = terms  # as `--license` says them
     return kept, texts.keys() - kept.keys()

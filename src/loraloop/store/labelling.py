@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
-from loraloop.episode import RECORDED, Episode, EpisodeDto, Label
+from loraloop.episode import LICENSE_TAG, RECORDED, Episode, EpisodeDto, Label, Outcome
 from loraloop.errors import StoreError
 from loraloop.files import json_line
 from loraloop.store.text import escape_surrogates, follow
+
+Labelled = TypeVar("Labelled", Episode, EpisodeDto)
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,20 @@ def follow_labelled(kept: Episode, labels: Sequence[Label], episode: Episode, wh
 def recorded_label(episode: Episode | EpisodeDto) -> Label:
     """What an episode says of its own outcome before anybody else has."""
     return Label(episode_id=episode.id, outcome=episode.outcome, at=episode.metadata.created_at, source=RECORDED)
+
+
+def as_kept(label: Label, now: Outcome) -> Label:
+    """`label` as it is kept of an episode with the outcome `now`, which one that says terms leaves as it is."""
+    return label if label.license is None else label.model_copy(update={"outcome": now})
+
+
+def labelled(model: Labelled, kept: Label) -> Labelled:
+    """`model` as `kept` says that it is."""
+    said = model.model_copy(update={"outcome": kept.outcome})
+    if kept.license is None:
+        return said
+    tags = dict(sorted({**model.metadata.tags, LICENSE_TAG: kept.license}.items()))
+    return said.model_copy(update={"metadata": model.metadata.model_copy(update={"tags": tags})})
 
 
 def to_json(label: Label) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 
 from loraloop.episode import Episode, EpisodeDto, EpisodeFilter, Label
 from loraloop.errors import StoreError
-from loraloop.store.labelling import Followed, follow_labelled, from_json, recorded_label, to_json
+from loraloop.store.labelling import Followed, as_kept, follow_labelled, from_json, labelled, recorded_label, to_json
 from loraloop.store.parts import encode
 from loraloop.store.text import from_body, to_body
 
@@ -90,15 +90,16 @@ class InMemoryEpisodeStore:
         return len(self._select(unlimited))
 
     def add_labels(self, labels: Sequence[Label]) -> None:
-        """Say how episodes ended, in order, all or none. Raises StoreError when one of them is not there."""
+        """Say how episodes ended, or their terms, in order, all or none. Raises StoreError when one of them is not there."""
         copies = [from_json(to_json(label)) for label in labels]
         with self._lock:
             for label in copies:
                 self.get(label.episode_id)
             for label in copies:
                 episode = self._episodes[label.episode_id]
-                self._labels.setdefault(label.episode_id, [recorded_label(episode)]).append(label)
-                self._episodes[label.episode_id] = episode.model_copy(update={"outcome": label.outcome})
+                kept = as_kept(label, episode.outcome)
+                self._labels.setdefault(label.episode_id, [recorded_label(episode)]).append(kept)
+                self._episodes[label.episode_id] = labelled(episode, kept)
 
     def get_labels(self, episode_id: str) -> list[Label]:
         """What was said of its outcome, oldest first; the first is what it was recorded with. Raises StoreError when it is not there."""

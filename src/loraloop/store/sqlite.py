@@ -15,13 +15,13 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote
+from urllib.parse import quote, unquote
 
 from sqlalchemy import URL, Connection, create_engine, event
 from sqlalchemy.exc import DBAPIError, OperationalError
 
 from loraloop.errors import SettingsError, StoreError
-from loraloop.store import database
+from loraloop.store import database, schema
 from loraloop.store.database import Database, read_version_table
 
 PAGE_BYTES = 8192
@@ -47,7 +47,11 @@ _ADVICE = {
 
 
 class SqliteDatabase(Database):
-    """The file at `path_or_url`, a path or a `sqlite:///` URL; made with its directories when missing. Raises SettingsError, StoreError."""
+    """The file at `path_or_url`, a path or a `sqlite:///` URL; made with its directories when missing. Raises SettingsError, StoreError.
+
+    In a directory that nothing can be written to, such as a read-only mount, it is opened to be read. Then what another process writes
+    there meanwhile is seen only if that process had the file open before.
+    """
 
     errors = (sqlite3.Error,)
 
@@ -55,8 +59,9 @@ class SqliteDatabase(Database):
         super().__init__()
         self.path = _to_path(path_or_url).absolute()
         self.where = str(self.path)
+        self.is_readable_only = self.path.is_file() and not os.access(self.path.parent, os.W_OK)
         self.engine = create_engine(
-            URL.create("sqlite", database=str(self.path)),
+            self._read_only_url() if self.is_readable_only else URL.create("sqlite", database=str(self.path)),
             connect_args={"timeout": database.BUSY_SECONDS, "isolation_level": None},  # None: no BEGIN but ours
             max_overflow=-1,
         )
@@ -64,7 +69,16 @@ class SqliteDatabase(Database):
         event.listen(self.engine, "begin", _begin)
 
     def prepare(self) -> None:
-        """Check that the file is ours, or make it so when it is new."""
+        """Check that the file is ours, or make it so when it is new. One that can only be read must be of this version's schema."""
+        if self.is_readable_only:
+            with self.connecting() as connection:
+                found = self._check_version(connection)
+            if found != schema.SCHEMA_VERSION:
+                raise StoreError(
+                    f"{self.path}: it has schema version {found}, not {schema.SCHEMA_VERSION}, and its directory cannot be written to; "
+                    "make it writable, or copy the file elsewhere"
+                )
+            return
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
         except (OSError, ValueError) as error:
@@ -76,7 +90,7 @@ class SqliteDatabase(Database):
 
     def close(self) -> None:
         """Close the file; the last one that does writes back what is in the log, as the writer that it is then."""
-        if self._closed or os.getpid() != self._pid:
+        if self._closed or self.is_readable_only or os.getpid() != self._pid:
             super().close()
             return
         with suppress(StoreError), self._writer(max_seconds=0.0):
@@ -120,6 +134,12 @@ class SqliteDatabase(Database):
     def advise(self, error: BaseException) -> str:
         """By SQLite's result code."""
         return _ADVICE.get(_code(error), "close it everywhere and try again; if that changes nothing, report this")
+
+    def _read_only_url(self) -> URL:
+        """With a log beside the file, which a writer has open, SQLite follows that; else it would make one, and must be told not to."""
+        has_log = self.path.with_name(self.path.name + "-wal").exists()
+        query = {"uri": "true", "mode": "ro"} | ({} if has_log else {"immutable": "1"})
+        return URL.create("sqlite", database=f"file:{quote(str(self.path))}", query=query)
 
     @contextmanager
     def _writer(self, max_seconds: float | None = None) -> Iterator[None]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from typing import TypeVar
 
-from loraloop.episode import Episode, EpisodeDto
+from loraloop.episode import LICENSE_TAG, Episode, EpisodeDto
 from loraloop.errors import StoreError
 from loraloop.files import json_line
 
@@ -39,7 +39,7 @@ def from_body(kind: type[Stored], body: str | bytes) -> Stored:
 def follow(kept: Episode, episode: Episode, where: str) -> Episode | None:
     """What to keep instead of `kept` when `episode` comes with its id: None for the same, or for an earlier state of it.
 
-    Raises StoreError when it neither equals nor continues what is there. Its place in the order stays.
+    Raises StoreError when it neither equals nor continues what is there. Its place in the order and its terms stay.
     """
     if same_content(kept, episode):
         return None
@@ -47,7 +47,10 @@ def follow(kept: Episode, episode: Episode, where: str) -> Episode | None:
         if continues(episode, kept):
             return None
         raise StoreError(conflict(episode.id, where))
-    return episode.model_copy(update={"metadata": episode.metadata.model_copy(update={"created_at": kept.metadata.created_at})})
+    terms = {tag: said for tag, said in kept.metadata.tags.items() if tag == LICENSE_TAG}
+    tags = dict(sorted({**episode.metadata.tags, **terms}.items())) if terms else episode.metadata.tags
+    said = {"created_at": kept.metadata.created_at, "tags": tags}
+    return episode.model_copy(update={"metadata": episode.metadata.model_copy(update=said)})
 
 
 def continues(earlier: Episode, later: Episode) -> bool:
@@ -65,8 +68,8 @@ def continues(earlier: Episode, later: Episode) -> bool:
 
 
 def same_content(one: Episode, other: Episode) -> bool:
-    """True when both are equal to the letter but for `metadata.created_at`, which an importer sets to its present."""
-    return _without_creation(one) == _without_creation(other)
+    """True when both are equal to the letter but for `metadata.created_at`, which an importer sets to its present, and their terms."""
+    return _content(one) == _content(other)
 
 
 def conflict(episode_id: str, where: str) -> str:
@@ -77,8 +80,9 @@ def conflict(episode_id: str, where: str) -> str:
     )
 
 
-def _without_creation(episode: Episode) -> str:
-    return to_body(episode.model_copy(update={"metadata": episode.metadata.model_copy(update={"created_at": 0})}))
+def _content(episode: Episode) -> str:
+    tags = {tag: said for tag, said in episode.metadata.tags.items() if tag != LICENSE_TAG}
+    return to_body(episode.model_copy(update={"metadata": episode.metadata.model_copy(update={"created_at": 0, "tags": tags})}))
 
 
 def escape_surrogates(text: str) -> str:

@@ -10,7 +10,7 @@ from sqlalchemy import Connection, bindparam, delete, func, insert, or_, select,
 from loraloop.episode import Episode, EpisodeDto, Label, now_ms
 from loraloop.errors import StoreError
 from loraloop.store.database import Database
-from loraloop.store.labelling import Followed, follow_labelled, from_json, recorded_label, to_json
+from loraloop.store.labelling import Followed, as_kept, follow_labelled, from_json, labelled, recorded_label, to_json
 from loraloop.store.parts import Encoded, Packer, Unpacker, digest_of, encode, split_keys
 from loraloop.store.rows import chunks, insert_new, to_row
 from loraloop.store.schema import blobs, bodies, episodes, generation, labels, tombstones
@@ -72,7 +72,7 @@ class Writer:
         return added
 
     def add_labels(self, given: Sequence[Label]) -> None:
-        """Add them and put the newest outcome into each episode's row."""
+        """Add them and put the newest outcome and terms into each episode's row."""
         texts = [to_json(label) for label in given]
         packer, unpacker = Packer(), Unpacker()
         with self._database.writing() as connection:
@@ -80,17 +80,18 @@ class Writer:
                 ids = {str(label.episode_id) for label, _ in pairs}
                 found = connection.execute(select(episodes.c.id, episodes.c.meta).where(episodes.c.id.in_(ids)))
                 metas = {row.id: from_body(EpisodeDto, unpacker.unpack(row.meta)) for row in found}
-                labelled = set(connection.scalars(select(labels.c.episode_id).where(labels.c.episode_id.in_(ids)).distinct()))
+                have_labels = set(connection.scalars(select(labels.c.episode_id).where(labels.c.episode_id.in_(ids)).distinct()))
                 rows = []
                 for label, text in pairs:
                     dto = metas.get(label.episode_id)
                     if dto is None:
                         raise StoreError(f"no episode {str(label.episode_id)!r} in {self._database.where}; none of these labels was stored")
-                    if dto.id not in labelled:
-                        labelled.add(dto.id)
+                    if dto.id not in have_labels:
+                        have_labels.add(dto.id)
                         rows.append({"episode_id": dto.id, "label": to_json(recorded_label(dto))})
-                    rows.append({"episode_id": dto.id, "label": text})
-                    metas[dto.id] = dto.model_copy(update={"outcome": label.outcome})
+                    kept = as_kept(label, dto.outcome)
+                    rows.append({"episode_id": dto.id, "label": text if kept is label else to_json(kept)})
+                    metas[dto.id] = labelled(dto, kept)
                 connection.execute(insert(labels), rows)
                 changed = [
                     {"changed": each.id, "outcome": each.outcome.kind, "meta": packer.pack(to_body(each).encode())}

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from loraloop.episode import (
+    LICENSE_TAG,
     RECORDED,
     ActionRecord,
     Episode,
@@ -66,6 +67,34 @@ def _check_labels(store: EpisodeStore) -> None:
     expect([each.outcome for each in store.list_meta()] == [Success(0.2), Success(0.3)], "labels of one call count in their order")
 
 
+def _check_terms(store: EpisodeStore) -> None:
+    """Terms are no content: they are said by a label, and count from then on."""
+    bare, whole = make_episode(outcome=Unknown()), make_episode(outcome=Success(1.0))
+    store.append_many([bare, _under(whole, "MIT")])
+    expect(store.get(whole.id) == _under(whole, "MIT"), "the tag `license` is kept as any other")
+    known = [bare, _under(bare, "MIT"), whole, _under(whole, "Apache-2.0")]
+    expect(store.append_many(known) == [False] * 4, "an episode is the same under whatever terms")
+    expect(store.get(bare.id) == bare and store.get(whole.id) == _under(whole, "MIT"), "append() changes the terms of none")
+    store.add_labels([Label(episode_id=bare.id, outcome=Success(0.5)), Label(episode_id=bare.id, outcome=Unknown(), license="MIT")])
+    expect(store.get(bare.id) == _ended(_under(bare, "MIT"), Success(0.5)), "a label of terms sets them, and leaves the outcome")
+    expect(store.list_meta(EpisodeFilter(outcome="success", limit=9)).count(store.get(bare.id).to_dto()) == 1, "list_meta() gives them")
+    said = [(label.outcome, label.license) for label in store.get_labels(bare.id)]
+    expect(said == [(Unknown(), None), (Success(0.5), None), (Success(0.5), "MIT")], "get_labels() tells the terms, and the outcome then")
+    store.add_labels([Label(episode_id=bare.id, outcome=Failure("burnt"))])
+    expect(store.get(bare.id) == _ended(_under(bare, "MIT"), Failure("burnt")), "the terms stay when an outcome is said")
+    expect(store.append(bare) is False, "an episode with terms by a label is known")
+    begun = make_episode(messages=(), records=[ActionRecord(action="look", timestamp_ms=0)], outcome=Unknown(), is_open=True)
+    store.append(begun)
+    store.add_labels([Label(episode_id=begun.id, outcome=Unknown(), license="own")])
+    ended = begun.model_copy(update={"is_open": False})
+    expect(store.append(ended) is True and store.get(begun.id) == _under(ended, "own"), "the terms stay when an episode goes on")
+
+
+def _under(episode: Episode, terms: str) -> Episode:
+    tags = dict(sorted({**episode.metadata.tags, LICENSE_TAG: terms}.items()))
+    return episode.model_copy(update={"metadata": episode.metadata.model_copy(update={"tags": tags})})
+
+
 def _check_labels_of_open_episodes(store: EpisodeStore) -> None:
     """A label stays when an episode goes on, until the recording itself says how it ended."""
     records = [ActionRecord(action=action, timestamp_ms=number) for number, action in enumerate(("look", "boil", "done"))]
@@ -123,4 +152,4 @@ def _created(episode: Episode, created_at: int) -> Episode:
     return episode.model_copy(update={"metadata": EpisodeMetadata(created_at=created_at)})
 
 
-CHECKS_OF_CHANGES = (_check_labels, _check_labels_of_open_episodes, _check_forget)
+CHECKS_OF_CHANGES = (_check_labels, _check_terms, _check_labels_of_open_episodes, _check_forget)
