@@ -38,7 +38,7 @@ from loraloop.serve.orders import find_service
 LOOK_SECONDS = 2.0
 TELL_SECONDS = 20.0
 READY_SECONDS = 300.0
-BACKGROUND_REST_S = 5.0
+BACKGROUND_REST_S = 15.0
 """Between two plays of the one agent that goes on while there is a training or an evaluation on the same processors."""
 LAST_PLAYS = 12
 """Plays that end after the last switch before the run does."""
@@ -152,7 +152,7 @@ class Run:
 
     def go(self) -> None:
         """Until the generations are judged, or there is no time for another; then no further round is begun."""
-        plays_at_switch, is_over = len(results.read_plays(self.directory)), False
+        wanted, is_over = 0, False
         while True:
             for process in (self.service, self.watch, self.agent):
                 if process.keep():
@@ -165,12 +165,12 @@ class Run:
                 if move.number > self.told:
                     self.told = move.number
                     self.tell(_describe(move.data))
-                    plays_at_switch = n_plays if move.data["from"] == Stage.APPLY else plays_at_switch
+                    wanted = n_plays + LAST_PLAYS if move.data["from"] == Stage.APPLY else wanted
             if not is_over and self._is_enough(state, n_judged=sum(move.data["from"] == Stage.EVALUATE for move in moves)):
                 is_over = True
                 self.tell("loraloop watch pause: no further generation is begun")
                 self._order("watch", "pause")
-            if is_over and n_plays >= plays_at_switch + LAST_PLAYS:
+            if is_over and n_plays >= wanted:
                 return
             self._pace(state, is_over=is_over)
             self._tell_plays(state)

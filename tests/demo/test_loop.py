@@ -20,6 +20,8 @@ pytest.importorskip("xllamacpp", reason="llama.cpp is not installed; `make test`
 from demo import textcraft
 from demo.loop import plan as plans
 from demo.loop.results import read_generations, read_plays
+from loraloop.dataset.similar import shingle, without_boilerplate
+from loraloop.evaluate.contamination import TaskTrace, find_overlaps
 from loraloop.lease import read_holder
 from loraloop.project import Project
 from loraloop.settings import load_settings
@@ -59,12 +61,14 @@ def test_goals_that_read_nearly_alike_are_on_one_side_and_no_play_reads_like_a_h
     assert len(held_out) == 30
     assert {goal.depth for goal in held_out} == {2}
     assert not {goal.goal for goal in training} & {goal.goal for goal in held_out}
-    kept_away = [set(environment.reset(goal).splitlines()) for goal in held_out]
     plays = plans.list_plays(environment, training, held_out, plan)
     assert not {goal.goal for goal in plays} & {goal.goal for goal in held_out}
-    for goal in plays[::17]:
-        lines = set(environment.reset(goal).splitlines())
-        assert all(len(lines & other) < 0.7 * len(lines | other) for other in kept_away), goal
+    texts = [environment.reset(goal) for goal in (*training[:60], *plays, *held_out)]
+    names = [f"{number} {goal.goal}" for number, goal in enumerate((*training[:60], *plays, *held_out))]
+    parts = without_boilerplate([shingle(text) for text in texts], names)
+    traces = [TaskTrace(task_id=name, parts=part) for name, part in zip(names, parts, strict=True)]
+    n_trained = len(texts) - len(held_out)
+    assert find_overlaps(traces[n_trained:], traces[:n_trained]) == (), "the gate would leave these goals out"
 
 
 def test_what_the_run_begins_with_are_settings_that_loraloop_takes(tmp_path: Path) -> None:
@@ -109,5 +113,5 @@ def test_loop_goes_on_when_it_and_each_of_its_processes_is_killed(tiny_model: Ca
         stored = {str(episode.id) for episode in project.store.list_meta() if str(episode.id).startswith("play-")}
     assert {play["episode"] for play in read_plays(directory)} <= stored, "no finished play is lost"
     result = json.loads((directory / "results.json").read_bytes())
-    assert result["requests"] >= result["plays"] > 5
+    assert result["requests"] > result["plays"] > 0
     assert (directory / "generations.svg").stat().st_size > 1000
