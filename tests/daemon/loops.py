@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -39,6 +40,13 @@ trigger = {{when = {{kind = "count", episodes = {at_least}}}}}
 observe_seconds = 0
 retry_seconds = 0.05
 """
+ANSWERING = """
+[watch.scenario.evaluate]
+environment = "evaluate.counting:AnsweringSuite"
+dtype = "float32"
+
+"""
+"""What is won by who says ok."""
 
 
 @dataclass
@@ -93,6 +101,15 @@ def make_folder(folder: Path, model: Path, at_least: int = 4) -> Path:
     (folder / "chats").mkdir(parents=True)
     (folder / "loraloop.toml").write_text(SETTINGS.format(model=model, at_least=at_least))
     return folder
+
+
+def teach_well(folder: Path, more: str = "", **changes: object) -> None:
+    """Settings with which a tiny model learns to say always the same; `more` is what follows in the file."""
+    text = (folder / "loraloop.toml").read_text()
+    for name, value in {"epochs": 12, "lora_rank": 16, **changes}.items():
+        text = re.sub(rf"(?m)^{name} = .*", f"{name} = {value}", text)
+    text = text.replace("checkpoint_every = 1", "learning_rate = 2e-2\nlora_alpha = 32.0")
+    (folder / "loraloop.toml").write_text(text + more)
 
 
 def add_chats(folder: Path, begin: int, end: int, name: str = "log.jsonl", **same: str) -> None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from daemon.loops import add_chats, make_folder
+from daemon.loops import ANSWERING, add_chats, make_folder, teach_well
 from evaluate.counting import STORY
 from models_made import save_model
 
@@ -32,12 +31,6 @@ dtype = "float32"
 [watch.scenario.gate]
 min_tasks = 1
 required = ["contamination"]
-"""
-ANSWERING = """
-[watch.scenario.evaluate]
-environment = "evaluate.counting:AnsweringSuite"
-dtype = "float32"
-
 """
 SECRET = "tok-A7k2Q9x4"
 
@@ -100,11 +93,7 @@ def test_a_round_through_the_real_gate_is_judged_once_and_told(tmp_path: Path, t
 
 def taught(folder: Path, answer: str, more: str = "") -> tuple[TrainedModel, LoopStatus]:
     """What a round makes of a model that learns to say `answer`, by the default gate."""
-    text = (folder / "loraloop.toml").read_text()
-    for name, value in {"epochs": 12, "lora_rank": 16}.items():
-        text = re.sub(rf"(?m)^{name} = .*", f"{name} = {value}", text)
-    text = text.replace("checkpoint_every = 1", "learning_rate = 2e-2\nlora_alpha = 32.0").replace("episodes = 4", "episodes = 24")
-    (folder / "loraloop.toml").write_text(text + ANSWERING + more)
+    teach_well(folder, ANSWERING + more)
     add_chats(folder, 0, 24, answer=answer)
     with Project(folder) as project:
         [report] = project.watch(once=True)
@@ -115,7 +104,7 @@ def taught(folder: Path, answer: str, more: str = "") -> tuple[TrainedModel, Loo
 
 
 def test_an_honest_candidate_is_promoted_by_the_default_gate(tmp_path: Path, tiny_model: Callable[[str], Path]) -> None:
-    model, status = taught(make_folder(tmp_path / "project", tiny_model("llama")), "ok")
+    model, status = taught(make_folder(tmp_path / "project", tiny_model("llama"), 24), "ok")
     assert model.state is ModelState.PROMOTED, status.verdict
     assert status.verdict is not None
     assert status.verdict.score == 1.0
@@ -200,6 +189,17 @@ def test_a_model_that_does_worse_than_the_one_before_is_seen(project: Project) -
     seen = serving.observe(AGENT, state)
     assert seen.is_worse
     assert "its mean score is 0.000 over 20 episodes" in seen.reason
+
+
+def test_what_is_beyond_the_last_look_waits_for_the_next_however_often_a_process_begins(project: Project) -> None:
+    first, second = promoted(project, "one"), promoted(project, "two")
+    state = LoopState(stage=Stage.OBSERVE, live=second.id, previous=first.id, applied_at=1000)
+    play(project, version_of(first), [Success(1.0)] * 20)
+    play(project, version_of(second), [Success(1.0)] * 20)
+    play(project, version_of(second), [Failure("no")] * 19, begin=20)
+    assert not ServedByProject(project).observe(AGENT, state).is_worse, "39 scores are looked at as the first 20 of them"
+    play(project, version_of(second), [Failure("no")], begin=39)
+    assert ServedByProject(project).observe(AGENT, state).is_worse
 
 
 def test_a_model_as_good_as_the_one_before_is_left(project: Project) -> None:

@@ -300,6 +300,7 @@ def test_what_json_cannot_hold_is_dropped_alone(recorder, client, store):
     ask(client, list(OPENING), streams=False)
     assert len(stored(store, 1)) == 1
     assert recorder.status()["dropped"] == 1
+    assert "cannot be written as JSON" in str(recorder.status()["last_error"])
 
 
 def test_a_full_disk_drops_records_and_no_calls_and_recording_goes_on_when_there_is_room(tmp_path, store):

@@ -105,7 +105,7 @@ def test_a_connection_outlives_its_clients_and_no_answer_waits_for_a_packet(tmp_
         connection.close()
 
 
-def test_a_taken_port_and_a_base_that_is_none_end_before_anything_is_begun(tmp_path: Path, base: Path) -> None:
+def test_a_taken_port_an_odd_token_and_a_base_that_is_none_end_before_anything_is_begun(tmp_path: Path, base: Path) -> None:
     import socket
 
     with socket.socket() as taken:
@@ -114,6 +114,9 @@ def test_a_taken_port_and_a_base_that_is_none_end_before_anything_is_begun(tmp_p
         done = run("serve", "--base", str(base), "--port", str(taken.getsockname()[1]), project=tmp_path)
     assert done.returncode == 1
     assert "cannot listen at 127.0.0.1" in done.stderr
+    done = run("serve", "--base", str(base), "--token", "clé", project=tmp_path)
+    assert done.returncode == 1
+    assert "the token holds 'é'" in done.stderr
     done = run("serve", "--base", str(tmp_path / "none.gguf"), project=tmp_path)
     assert done.returncode == 1
     assert "none.gguf" in done.stderr

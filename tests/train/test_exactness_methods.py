@@ -267,7 +267,7 @@ def mutations() -> Iterator[tuple[str, Callable[[pytest.MonkeyPatch], None]]]:
             yield case, sides_swapped
 
 
-@pytest.mark.parametrize(("case", "mutate"), list(mutations()), ids=str)
+@pytest.mark.parametrize(("case", "mutate"), list(mutations()), ids=lambda given: getattr(given, "__name__", given))
 def test_a_wrong_objective_is_seen(case: str, mutate: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     expected, units, engine = truth("qwen3", case), CASES[case][0](), twins("qwen3").engine()
     goal = objective(case, engine, units, tmp_path)

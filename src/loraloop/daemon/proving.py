@@ -142,7 +142,6 @@ class ServedByProject:
 
     def __init__(self, project: ProvingProject, bounds: CanaryBounds | None = None) -> None:
         self._project, self._bounds = project, bounds or CanaryBounds()
-        self._trials: dict[str, Trial] = {}
 
     def apply(self, scenario: ScenarioSettings, state: LoopState) -> None:
         """The model answers to the alias from then on; the one before is retired."""
@@ -153,14 +152,17 @@ class ServedByProject:
             self._move(state.live, ModelState.RETIRED, f"{model} has taken its place")
 
     def observe(self, scenario: ScenarioSettings, state: LoopState) -> Observed:
-        """The live model's scores beside those of the one before, looked at when it has 20, 40, 80 … (`serve.canary.Trial`)."""
-        live = str(state.live)
-        trial = self._trials.setdefault(live, Trial(live, self._bounds))
-        trial.canary.scores = self.list_scores(scenario, state)
+        """The live model's first 20, 40, 80 … scores beside those of the one before (`serve.canary.Trial`).
+
+        What is beyond the last look waits for the next, so that a process that begins anew, however often, looks no oftener.
+        """
+        scores = self.list_scores(scenario, state)
+        trial = Trial(str(state.live), self._bounds)
+        trial.canary.scores = scores[: _last_look(len(scores), self._bounds.first_look)]
         trial.canary.scored = len(trial.canary.scores)
         trial.champion.scores = self._scores_of(scenario, state.previous, None)
         worse = trial.judge()
-        told = worse or f"{trial.canary.scored} episodes with a score, nothing speaks against it"
+        told = worse or f"{len(scores)} episodes with a score, nothing speaks against it"
         return Observed(is_worse=worse is not None, is_decided=False, reason=told)
 
     def roll_back(self, scenario: ScenarioSettings, state: LoopState, reason: str) -> None:
@@ -210,6 +212,11 @@ def _telling(texts: Mapping[str, str]) -> dict[str, str]:
     """What tells one task of a suite from another: a text that several begin with is of none of them."""
     tasks = Counter(texts.values())
     return {task: text if tasks[text] == 1 else "" for task, text in texts.items()}
+
+
+def _last_look(n: int, first: int) -> int:
+    """The last of `first`, twice, four times it … that `n` reaches; 0 before the first."""
+    return first << ((n // first).bit_length() - 1) if n >= first else 0
 
 
 def _guards(measured: Evaluation, policy: Policy) -> dict[str, GuardScores]:

@@ -298,6 +298,8 @@ class Recorder:
     def _settle(self, receipt: Receipt, error: Exception | None) -> None:
         self._n_reserved -= 1
         self._counts["dropped" if error is not None else "recorded"] += 1
+        if error is not None and not isinstance(error, OSError):
+            self._last_error = f"record {receipt.id} cannot be written as JSON: {error}"
         known = self._known.get(receipt.id)
         if known is not None:
             known.state, known.why = ("recorded", "") if error is None else ("dropped", str(error))

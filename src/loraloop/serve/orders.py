@@ -37,11 +37,17 @@ class ServiceSettings:
     port: int = 0
     """0 for any that is free."""
     token: str | None = None
-    """What clients must show; a random one without."""
+    """What clients must show, of visible ASCII as it goes in a header; a random one without."""
     drain_seconds: float = 120.0
     """How long what is under way may go on when a version, or the service, ends."""
     options: Mapping[str, str] = field(default_factory=dict)
     """The applier's own settings, by name."""
+
+    def __post_init__(self) -> None:
+        """Raises ServingError for a token that clients could not send."""
+        odd = next((letter for letter in self.token or "" if not "!" <= letter <= "~"), None)
+        if odd is not None:
+            raise ServingError(f"the token holds {odd!r}, which clients cannot send in a header; take letters, digits and signs of ASCII")
 
 
 class ApplyOrder(Frozen):
