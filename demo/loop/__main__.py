@@ -103,13 +103,18 @@ def open_run(directory: Path, asked: Plan) -> tuple[Plan, float]:
         if plan != asked:
             console.print(f"going on with the run in {directory}, with its own plan; remove the folder for another one", markup=False)
         return plan, float(json.loads((directory / RUN).read_bytes())["began"])
+    return asked, begin_run(asked, directory)
+
+
+def begin_run(plan: Plan, directory: Path) -> float:
+    """Write all that a run begins with into `directory`, which is emptied first; when it began, in Unix seconds."""
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
     (directory / MARK).touch()
-    plans.prepare(asked, directory)
+    plans.prepare(plan, directory)
     began = time.time()
     write_json(directory / RUN, {"began": began, "port": find_port(), "token": new_token()})
-    return asked, began
+    return began
 
 
 class Run:
@@ -127,7 +132,7 @@ class Run:
         self.service = Kept("loraloop serve", serve, directory / "serve.log", {"LORALOOP_TOKEN": token})
         self.watch = Kept("loraloop watch", command("watch", "--project", at), directory / "watch.log")
         self.agent = Kept("the agent", agent, directory / "agent.log", {"OPENAI_API_KEY": token, "PYTHONPATH": _root()})
-        self.told = 0
+        self.told, self.failed_at = 0, 0
         self.told_plays = time.monotonic()
 
     def begin(self) -> None:
@@ -166,6 +171,9 @@ class Run:
                     self.told = move.number
                     self.tell(_describe(move.data))
                     wanted = n_plays + LAST_PLAYS if move.data["from"] == Stage.APPLY else wanted
+            if state.failure is not None and state.failure.at > self.failed_at:
+                self.failed_at = state.failure.at
+                self.tell(f"{state.failure.stage} failed and is tried again: {state.failure.message}")
             if not is_over and self._is_enough(state, n_judged=sum(move.data["from"] == Stage.EVALUATE for move in moves)):
                 is_over = True
                 self.tell("loraloop watch pause: no further generation is begun")

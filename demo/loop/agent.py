@@ -119,6 +119,8 @@ class Agent:
         messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": observation}]
         limits, first_tokens, reward, turns = TextCraftSuite.limits, None, 0.0, 0
         for _ in range(limits.max_turns):
+            if self.is_over.is_set():
+                return None
             body = {"model": self.access.model, "messages": messages, "max_tokens": limits.max_turn_tokens}
             answer = talk.ask(f"{self.access.url}/chat/completions", {**body, "temperature": self.access.temperature})
             if answer is None:
