@@ -49,7 +49,7 @@ async def read_body(scope: Scope, receive: Receive, max_bytes: int) -> bytes | N
     """The body of a request; None when the client left before its end. Raises Declined (413) above `max_bytes`."""
     told = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
     pieces, size = [], int(told) if told.isdigit() else 0
-    too_large = Declined(413, f"the request has more than {max_bytes:,} bytes, which is the most that is taken; send less", code="too_large")
+    too_large = Declined(413, f"the request has more than {max_bytes:,} bytes, the most that is taken; send less", code="too_large")
     if size > max_bytes:
         raise too_large
     size = 0
