@@ -40,6 +40,10 @@ TELL_SECONDS = 20.0
 READY_SECONDS = 300.0
 BACKGROUND_REST_S = 15.0
 """Between two plays of the one agent that goes on while there is a training or an evaluation on the same processors."""
+LONGER = 1.2
+"""How much longer each generation takes than the one before, as it learns from more."""
+GRACE_MINUTES = 2.0
+"""So long after its planned end a run waits for nothing any more."""
 LAST_PLAYS = 12
 """Plays that end after the last switch before the run does."""
 MARK = ".loraloop-loop"
@@ -174,11 +178,15 @@ class Run:
             if state.failure is not None and state.failure.at > self.failed_at:
                 self.failed_at = state.failure.at
                 self.tell(f"{state.failure.stage} failed and is tried again: {state.failure.message}")
-            if not is_over and self._is_enough(state, n_judged=sum(move.data["from"] == Stage.EVALUATE for move in moves)):
+            judged = [move.at / 1000 for move in moves if move.data["from"] == Stage.EVALUATE]
+            if not is_over and self._is_enough(state, judged):
                 is_over = True
                 self.tell("loraloop watch pause: no further generation is begun")
                 self._order("watch", "pause")
             if is_over and n_plays >= wanted:
+                return
+            if time.time() > self.began + (self.plan.minutes + GRACE_MINUTES) * 60:
+                self.tell("the time is over; what is under way is not waited for")
                 return
             self._pace(state, is_over=is_over)
             self._tell_plays(state)
@@ -221,12 +229,11 @@ class Run:
         if line != self.agent.said:
             self.agent.say(line)
 
-    def _is_enough(self, state: LoopState, n_judged: int) -> bool:
+    def _is_enough(self, state: LoopState, judged: list[float]) -> bool:
         """Whether all was judged and carried out, or the next generation is likely to end too late."""
-        if n_judged == 0 or state.stage is not Stage.COLLECT or state.retry_at is not None:
-            return n_judged > self.plan.generations
-        spent = time.time() - self.began
-        return n_judged >= self.plan.generations or spent + spent / n_judged > self.plan.minutes * 60
+        is_settled = state.stage is Stage.COLLECT and state.retry_at is None
+        is_late = ends_late(self.began, judged, time.time(), self.plan.minutes)
+        return is_settled and (len(judged) >= self.plan.generations or is_late)
 
     def _tell_plays(self, state: LoopState) -> None:
         if time.monotonic() - self.told_plays < TELL_SECONDS:
@@ -238,6 +245,14 @@ class Run:
         self.tell(
             f"{state.stage}; {len(plays)} plays, {sum(recent)} of the last {len(recent)} reached their goal, {failures} failed requests"
         )
+
+
+def ends_late(began: float, judged: list[float], now: float, minutes: float) -> bool:
+    """Whether one more generation, a fifth longer than the last, would be judged after `minutes`; all else in Unix seconds."""
+    if not judged:
+        return False
+    last = judged[-1] - ([began, *judged][-2])
+    return judged[-1] + LONGER * last > began + minutes * 60 or now > began + minutes * 60
 
 
 def show_plan(plan: Plan) -> None:

@@ -90,6 +90,14 @@ def test_what_the_run_begins_with_are_settings_that_loraloop_takes(tmp_path: Pat
     assert len(json.loads((tmp_path / "held-out.json").read_bytes())) == plan.held_out
 
 
+def test_no_generation_is_begun_that_would_be_judged_too_late() -> None:
+    assert not loop.ends_late(0.0, [], 3000.0, 38.0)
+    assert not loop.ends_late(0.0, [300.0], 310.0, 38.0)
+    assert not loop.ends_late(0.0, [300.0, 1150.0], 1160.0, 38.0)
+    assert loop.ends_late(0.0, [300.0, 1400.0], 1410.0, 38.0)
+    assert loop.ends_late(0.0, [300.0, 400.0], 2300.0, 38.0)
+
+
 @pytest.mark.slow  # a minute: a dozen processes, each with its imports
 def test_loop_goes_on_when_it_and_each_of_its_processes_is_killed(tiny_model: Callable[[str], Path], tmp_path: Path) -> None:
     directory, said = tmp_path / "run", tmp_path / "said.txt"
