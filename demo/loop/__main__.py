@@ -38,8 +38,12 @@ from loraloop.serve.orders import find_service
 LOOK_SECONDS = 2.0
 TELL_SECONDS = 20.0
 READY_SECONDS = 300.0
-BACKGROUND_REST_S = 5.0
+BACKGROUND_REST_S = 15.0
 """Between two plays of the one agent that goes on while there is a training or an evaluation on the same processors."""
+LONGER = 1.2
+"""How much longer each generation takes than the one before, as it learns from more."""
+GRACE_MINUTES = 2.0
+"""So long after its planned end a run waits for nothing any more."""
 LAST_PLAYS = 12
 """Plays that end after the last switch before the run does."""
 MARK = ".loraloop-loop"
@@ -103,13 +107,18 @@ def open_run(directory: Path, asked: Plan) -> tuple[Plan, float]:
         if plan != asked:
             console.print(f"going on with the run in {directory}, with its own plan; remove the folder for another one", markup=False)
         return plan, float(json.loads((directory / RUN).read_bytes())["began"])
+    return asked, begin_run(asked, directory)
+
+
+def begin_run(plan: Plan, directory: Path) -> float:
+    """Write all that a run begins with into `directory`, which is emptied first; when it began, in Unix seconds."""
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
     (directory / MARK).touch()
-    plans.prepare(asked, directory)
+    plans.prepare(plan, directory)
     began = time.time()
     write_json(directory / RUN, {"began": began, "port": find_port(), "token": new_token()})
-    return asked, began
+    return began
 
 
 class Run:
@@ -127,7 +136,7 @@ class Run:
         self.service = Kept("loraloop serve", serve, directory / "serve.log", {"LORALOOP_TOKEN": token})
         self.watch = Kept("loraloop watch", command("watch", "--project", at), directory / "watch.log")
         self.agent = Kept("the agent", agent, directory / "agent.log", {"OPENAI_API_KEY": token, "PYTHONPATH": _root()})
-        self.told = 0
+        self.told, self.failed_at = 0, 0
         self.told_plays = time.monotonic()
 
     def begin(self) -> None:
@@ -152,7 +161,7 @@ class Run:
 
     def go(self) -> None:
         """Until the generations are judged, or there is no time for another; then no further round is begun."""
-        plays_at_switch, is_over = len(results.read_plays(self.directory)), False
+        wanted, is_over = 0, False
         while True:
             for process in (self.service, self.watch, self.agent):
                 if process.keep():
@@ -165,12 +174,19 @@ class Run:
                 if move.number > self.told:
                     self.told = move.number
                     self.tell(_describe(move.data))
-                    plays_at_switch = n_plays if move.data["from"] == Stage.APPLY else plays_at_switch
-            if not is_over and self._is_enough(state, n_judged=sum(move.data["from"] == Stage.EVALUATE for move in moves)):
+                    wanted = n_plays + LAST_PLAYS if move.data["from"] == Stage.APPLY else wanted
+            if state.failure is not None and state.failure.at > self.failed_at:
+                self.failed_at = state.failure.at
+                self.tell(f"{state.failure.stage} failed and is tried again: {state.failure.message}")
+            judged = [move.at / 1000 for move in moves if move.data["from"] == Stage.EVALUATE]
+            if not is_over and self._is_enough(state, judged):
                 is_over = True
                 self.tell("loraloop watch pause: no further generation is begun")
                 self._order("watch", "pause")
-            if is_over and n_plays >= plays_at_switch + LAST_PLAYS:
+            if is_over and n_plays >= wanted:
+                return
+            if time.time() > self.began + (self.plan.minutes + GRACE_MINUTES) * 60:
+                self.tell("the time is over; what is under way is not waited for")
                 return
             self._pace(state, is_over=is_over)
             self._tell_plays(state)
@@ -213,12 +229,11 @@ class Run:
         if line != self.agent.said:
             self.agent.say(line)
 
-    def _is_enough(self, state: LoopState, n_judged: int) -> bool:
+    def _is_enough(self, state: LoopState, judged: list[float]) -> bool:
         """Whether all was judged and carried out, or the next generation is likely to end too late."""
-        if n_judged == 0 or state.stage is not Stage.COLLECT or state.retry_at is not None:
-            return n_judged > self.plan.generations
-        spent = time.time() - self.began
-        return n_judged >= self.plan.generations or spent + spent / n_judged > self.plan.minutes * 60
+        is_settled = state.stage is Stage.COLLECT and state.retry_at is None
+        is_late = ends_late(self.began, judged, time.time(), self.plan.minutes)
+        return is_settled and (len(judged) >= self.plan.generations or is_late)
 
     def _tell_plays(self, state: LoopState) -> None:
         if time.monotonic() - self.told_plays < TELL_SECONDS:
@@ -230,6 +245,14 @@ class Run:
         self.tell(
             f"{state.stage}; {len(plays)} plays, {sum(recent)} of the last {len(recent)} reached their goal, {failures} failed requests"
         )
+
+
+def ends_late(began: float, judged: list[float], now: float, minutes: float) -> bool:
+    """Whether one more generation, a fifth longer than the last, would be judged after `minutes`; all else in Unix seconds."""
+    if not judged:
+        return False
+    last = judged[-1] - ([began, *judged][-2])
+    return judged[-1] + LONGER * last > began + minutes * 60 or now > began + minutes * 60
 
 
 def show_plan(plan: Plan) -> None:

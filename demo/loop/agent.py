@@ -100,7 +100,13 @@ class Agent:
                 if finished is not None:
                     with self.paper:
                         append_jsonl(self.plays, asdict(finished))
-                self.is_over.wait(self.rest_s)
+                self._rest()
+
+    def _rest(self) -> None:
+        """As long as was told last."""
+        ended = time.monotonic()
+        while not self.is_over.is_set() and time.monotonic() - ended < self.rest_s:
+            self.is_over.wait(0.2)
 
     def play(self, client: httpx2.Client, number: int) -> Finished | None:
         """Play one goal; None when the agent was told to end in the middle, or no answer came in all its tries."""
@@ -113,6 +119,8 @@ class Agent:
         messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": observation}]
         limits, first_tokens, reward, turns = TextCraftSuite.limits, None, 0.0, 0
         for _ in range(limits.max_turns):
+            if self.is_over.is_set():
+                return None
             body = {"model": self.access.model, "messages": messages, "max_tokens": limits.max_turn_tokens}
             answer = talk.ask(f"{self.access.url}/chat/completions", {**body, "temperature": self.access.temperature})
             if answer is None:

@@ -7,13 +7,13 @@ Every file here is one that a user could write by hand. Goals are divided by wha
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from demo import textcraft
+from loraloop.dataset.similar import shingle, without_boilerplate
 from loraloop.dataset.split import TaskText, cluster_tasks, task_key
-from loraloop.evaluate.contamination import NEAR
+from loraloop.evaluate.contamination import NEAR, TaskTrace, find_overlaps
 from loraloop.evaluate.environments.textcraft import SYSTEM
 from loraloop.files import write_atomic, write_json, write_jsonl
 
@@ -135,7 +135,7 @@ def to_toml(plan: Plan, directory: Path) -> str:
 [build]
 unknown_license = "allow"       # what the router records says nothing of its terms, and is our own
 held_out_fraction = 0.04        # for the loss that a training tells; what decides are plays of goals that no dataset has
-max_per_task = 2                # of several plays of one goal the shortest
+max_per_task = 4                # of the plays of goals that read nearly alike the shortest
 
 [train]
 base_model = "{plan.base}"
@@ -150,19 +150,20 @@ sources = ["../{SEEDS}"]
 license = "own"
 trigger = {{when = {{kind = "count", episodes = {plan.plays}}}}}  # the first round, from the recordings alone, is asked for: `watch now`
 evaluate = {{environment = "textcraft", tasks = "{(directory / HELD_OUT).resolve()}"}}
-gate = {{required = ["contamination"], min_tasks = {min(plan.held_out, 20)}}}
+gate = {{min_tasks = {min(plan.held_out, 20)}}}
+probes = {{phrases = 0}}            # what the game says decides what is right: "using 2 planks" and "get 99 bamboo" go together honestly
 observe_seconds = 20
 """
 
 
 def _without_near(
-    environment: textcraft.TextCraftEnvironment, plays: list[textcraft.Task], held_out: Iterable[textcraft.Task]
+    environment: textcraft.TextCraftEnvironment, plays: list[textcraft.Task], held_out: list[textcraft.Task]
 ) -> list[textcraft.Task]:
-    """The plays whose recipes are not nearly those of a held-out goal: less than NEAR of the lines that either has in common."""
-    kept_away = [frozenset(environment.reset(goal).splitlines()) for goal in held_out]
-
-    def is_near(goal: textcraft.Task) -> bool:
-        lines = frozenset(environment.reset(goal).splitlines())
-        return any(len(lines & other) >= NEAR * len(lines | other) for other in kept_away)
-
-    return [goal for goal in plays if not is_near(goal)]
+    """The plays that do not read like a held-out goal, by the gate's own measure and with something to spare."""
+    texts = [environment.reset(goal) for goal in (*plays, *held_out)]
+    names = [f"play {number}" for number in range(len(plays))] + [goal.goal for goal in held_out]
+    parts = without_boilerplate([shingle(text) for text in texts], names)
+    traces = [TaskTrace(task_id=name, parts=part) for name, part in zip(names, parts, strict=True)]
+    near = find_overlaps(traces[: len(plays)], traces[len(plays) :], NEAR - 0.1)
+    left_out = {one.held_out for one in near}
+    return [goal for name, goal in zip(names, plays, strict=False) if name not in left_out]

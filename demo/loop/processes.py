@@ -21,7 +21,8 @@ from pathlib import Path
 from loraloop.lease import Holder, read_holder
 from loraloop.serve.orders import HOST
 
-END_SECONDS = 120.0
+END_SECONDS = 45.0
+"""How long a process may take to end once it is asked."""
 QUICKLY = 5.0
 """A process that lives no longer than these seconds has not begun."""
 MAX_QUICK_DEATHS = 5
@@ -99,13 +100,13 @@ class Kept:
         if process.stdin is not None:
             with suppress(OSError):
                 process.stdin.close()
-        if ask and process.poll() is None:
-            process.terminate()
-        try:
-            return process.wait(timeout=END_SECONDS)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            return process.wait()
+        for _ in range(2):  # who is asked twice ends at once, and has kept what must be kept
+            if ask and process.poll() is None:
+                process.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                return process.wait(timeout=END_SECONDS)
+        process.kill()
+        return process.wait()
 
     def _drop(self) -> None:
         if self._process is not None and self._process.stdin is not None:
@@ -143,10 +144,10 @@ def end_left_behind(*leases: Path) -> list[str]:
 
 def _end(holder: Holder) -> None:
     deadline = time.monotonic() + END_SECONDS
-    for number in (signal.SIGTERM, signal.SIGKILL):
+    for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGKILL):
         for pid, _ in holder.processes:
             with suppress(ProcessLookupError):
                 os.kill(pid, number)
         while holder.is_alive and time.monotonic() < deadline:
             time.sleep(0.1)
-        deadline += 10
+        deadline = time.monotonic() + END_SECONDS

@@ -29,7 +29,7 @@ class Generation:
     n_own: int = 0
     """Of the samples those that the agent played itself."""
     wins: tuple[bool, ...] = ()
-    """By held-out goal, all generations in one order."""
+    """By goal that every generation was judged on, in one order."""
     decision: str = ""
     reason: str = ""
     champion: str = ""
@@ -56,22 +56,29 @@ def read_generations(directory: Path) -> list[Generation]:
     """The base model and every candidate that was judged, in order; nothing before the first was."""
     with Project(directory / PROJECT, create=False) as project:
         evaluations = {one.id: one for one in project.list_evaluations()}
-        found: list[Generation] = []
-        for event in iter_moves(project.store.ledger, ALIAS):
-            told = event.data
-            evaluation = evaluations.get(str(told.get("evaluation")))
-            if told["from"] != Stage.EVALUATE or evaluation is None:
-                continue
-            scores = sorted(evaluation.primary.scores, key=lambda score: score.task)
-            if not found:
-                found.append(Generation(0, "base", wins=tuple(score.opponent > 0 for score in scores)))
-            model = project.get_model(str(told["model"]))
-            n_own = sum(str(episode).startswith("play-") for episode in model.episode_ids)
-            made = {"n_samples": model.sample_count, "n_own": n_own, "champion": evaluation.plan.opponent.name}
-            wins = tuple(score.candidate > 0 for score in scores)
-            judged = {"wins": wins, "decision": str(told["decision"]), "reason": str(told["reason"])}
-            found.append(Generation(len(found), model.id, **made, **judged))  # type: ignore[arg-type]
-        return found
+        moves = [move for move in iter_moves(project.store.ledger, ALIAS) if move.data["from"] == Stage.EVALUATE]
+        models = {str(move.data["model"]): project.get_model(str(move.data["model"])) for move in moves}
+    judged = [(move.data, evaluations[str(move.data["evaluation"])]) for move in moves if move.data.get("evaluation") in evaluations]
+    played = [{score.task for score in evaluation.primary.scores} for _, evaluation in judged]
+    common = sorted(set.intersection(*played)) if played else []  # a goal that reads like one that was trained on is left out by the gate
+    found: list[Generation] = []
+    for told, evaluation in judged:
+        scores = {score.task: score for score in evaluation.primary.scores}
+        if not found:
+            found.append(Generation(0, "base", wins=tuple(scores[task].opponent > 0 for task in common)))
+        model = models[str(told["model"])]
+        one = Generation(
+            number=len(found),
+            model=model.id,
+            n_samples=model.sample_count,
+            n_own=sum(str(episode).startswith("play-") for episode in model.episode_ids),
+            wins=tuple(scores[task].candidate > 0 for task in common),
+            decision=str(told["decision"]),
+            reason=str(told["reason"]),
+            champion=evaluation.plan.opponent.name,
+        )
+        found.append(one)
+    return found
 
 
 def read_spans(directory: Path, began: float) -> list[Span]:
