@@ -29,7 +29,7 @@ COMMANDS = [
     ["build"],
     ["train"],
     ["evaluate"],
-    *([noun, verb] for noun in ("episodes", "datasets", "models") for verb in ("list", "show")),
+    *([noun, verb] for noun in ("episodes", "datasets", "models", "evaluations") for verb in ("list", "show")),
     ["models", "delete"],
     ["watch"],
     ["watch", "pause"],

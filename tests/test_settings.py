@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tiny import make_model
 
 from loraloop.errors import SettingsError
 from loraloop.lora.config import LoraTrainerConfig, TrainOptions
@@ -67,7 +68,7 @@ def test_a_scenario_has_settings_of_its_own_and_its_training_waits_for_the_devic
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("[trian]\nepochs = 2", r"there is no section \[trian\]; known: store, build, train, watch\. Did you mean train\?"),
+        ("[trian]\nepochs = 2", r"there is no section \[trian\]; known: store, build, train, serve, watch\. Did you mean train\?"),
         ("[train]\nlora_rnak = 2", r"\[train\] has no setting 'lora_rnak'; .* Did you mean lora_rank\?"),
         ("[train]\noutput_dir = 'x'", r"\[train\] has no setting 'output_dir'"),
         ("[train]\nepochs = 'many'", r"epochs='many': Input should be a valid integer"),
@@ -142,3 +143,30 @@ def test_a_password_is_not_shown(tmp_path: Path) -> None:
     shown = run("settings", "show", "-p", str(folder), "--json")
     assert "me:***@127.0.0.1" in shown.stdout
     assert "hunter2" not in shown.stdout
+
+
+def test_what_is_served_may_be_set(tmp_path: Path) -> None:
+    """An option that the applier lacks is named before anything is served, so what counted is seen there."""
+    model = make_model("llama", tmp_path / "llama")
+    text = f"[serve]\nbase = '{model}'\ndrain_seconds = 3.0\noptions = {{ n_threads = '2', colour = 'red' }}\n"
+    folder = write(tmp_path / "p", text)
+    found = load_settings(folder, {"LORALOOP_SERVE_PORT": "8123"}).service_settings
+    assert (found.base, found.port, found.drain_seconds, found.options["n_threads"]) == (str(model), 8123, 3.0, "2")
+    assert load_settings(folder, {"LORALOOP_SERVE_OPTIONS": '{"n_ctx": "64"}'}).service_settings.options == {"n_ctx": "64"}
+    assert "colour=red" in run("serve", "-p", str(folder), code=1).stderr
+    assert "colour" not in run("serve", "-p", str(folder), "--option", "n_threads=many", code=1).stderr
+    assert "base of [serve]" in run("serve", "-p", str(tmp_path / "none"), code=2).stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("port = 99999", r"port=99999: expected 0 for any that is free, or a port up to 65535"),
+        ("drain_seconds = -1.0", r"drain_seconds=-1\.0: expected 0 or more seconds"),
+        ("token = 'x'", r"\[serve\] has no setting 'token'"),
+        ("options = { n_ctx = 5 }", r"options \(n_ctx\)=5"),
+    ],
+)
+def test_what_cannot_be_served_is_named(tmp_path: Path, text: str, said: str) -> None:
+    with pytest.raises(SettingsError, match=said):
+        load_settings(write(tmp_path, f"[serve]\n{text}\n"), {})

@@ -255,6 +255,10 @@ class Project:
         """The finished evaluations, the newest last. Raises EvaluationError when one is damaged."""
         return self._evaluator.list_evaluations()
 
+    def get_evaluation(self, evaluation_id: str) -> Evaluation:
+        """The finished evaluation whose id is or begins with `evaluation_id`, or the `latest`. Raises EvaluationError."""
+        return self._evaluator.get(evaluation_id)
+
     @property
     def _evaluator(self) -> Evaluator:
         return Evaluator(self.directory / "evaluations", Sources(self.registry, self.store, self._find_base, self.get_dataset))

@@ -27,6 +27,7 @@ from loraloop.errors import SettingsError
 from loraloop.evaluate.verdict import Policy
 from loraloop.evaluation import EvaluationOptions, GivenTrigger, ProbeOptions
 from loraloop.lora.config import LoraTrainerConfig, TrainOptions
+from loraloop.serve.orders import ServiceSettings
 from loraloop.training_data import Method
 from loraloop.trigger import Count, Trigger
 
@@ -125,10 +126,11 @@ SECTIONS: dict[str, tuple[type, ...]] = {
     "store": (StoreSettings,),
     "build": (BuildSettings, DatasetSettings),
     "train": (LoraTrainerConfig, TrainOptions),
+    "serve": (ServiceSettings,),
     "watch": (WatchSettings,),
 }
 """What may be set in which section; a name is unique within its section."""
-_NOT_SET = {"train": {"output_dir", "data_dir"}, "evaluate": {"on_progress", "policy", "token", "left_out"}}
+_NOT_SET = {"train": {"output_dir", "data_dir"}, "serve": {"token"}, "evaluate": {"on_progress", "policy", "token", "left_out"}}
 """Where a project keeps its files is not for a file of it to say, what decides is `gate`, what is left out follows from what was trained
 on, and secrets stand in no file."""
 
@@ -175,6 +177,11 @@ class Settings:
         """What a dataset is built by, for a scenario what is its own first."""
         told = {**self.given("build"), **(scenario.build if scenario else {})}
         return DatasetSettings(**{name: value for name, value in told.items() if name in fields_of(DatasetSettings)})
+
+    @property
+    def service_settings(self) -> ServiceSettings:
+        """What is served, and where."""
+        return ServiceSettings(**self.given("serve"))
 
     @property
     def scenarios(self) -> tuple[ScenarioSettings, ...]:
@@ -235,7 +242,10 @@ def fields_of(owner: type) -> dict[str, tuple[Any, Any]]:
         model = owner()
         return {name: (_type_of(field), getattr(model, name)) for name, field in owner.model_fields.items()}
     hints = typing.get_type_hints(owner)
-    return {field.name: (hints[field.name], field.default) for field in dataclasses.fields(owner)}  # type: ignore[arg-type]
+    return {
+        field.name: (hints[field.name], field.default if field.default_factory is dataclasses.MISSING else field.default_factory())
+        for field in dataclasses.fields(owner)  # type: ignore[arg-type]
+    }
 
 
 def _type_of(field: FieldInfo) -> Any:
@@ -286,7 +296,9 @@ def _check(setting: Setting, kind: Any) -> Any:
     try:
         if not isinstance(setting.value, str) or setting.origin.endswith(FILE):
             return adapter.validate_json(json.dumps(setting.value), strict=True)
-        if typing.get_origin(kind) is tuple:
+        if isinstance(origin := typing.get_origin(kind), type) and issubclass(origin, Mapping):
+            return adapter.validate_json(setting.value, strict=True)
+        if origin is tuple:
             return adapter.validate_python(tuple(setting.value.split(",")))
         return adapter.validate_strings(setting.value)
     except TypeError as error:  # a date of TOML
@@ -310,6 +322,7 @@ def _explain(where: str, setting: Setting, error: ValidationError) -> str:
 def _check_ranges(settings: Settings, path: Path) -> None:
     """What only the declaration of a whole section can check. Raises SettingsError."""
     scenarios = settings.scenarios
+    _ = settings.service_settings
     aliases = [scenario.alias for scenario in scenarios]
     if twice := next((alias for alias in aliases if aliases.count(alias) > 1), None):
         raise SettingsError(f"{path}: two scenarios have the alias {twice!r}; an alias is the loop's name, so each needs its own")

@@ -5,6 +5,7 @@ An option on the command line goes first, then its variable of the environment, 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import typer
@@ -19,6 +20,7 @@ LONGER = {
         "learning_rate": "lr",
     },
     "build": {"held_out_fraction": "held_out"},
+    "serve": {"drain_seconds": "drain", "options": "option"},
 }
 """Settings whose options have shorter names, by section; a section has the name of the command that it is for."""
 IN_MINUTES = {"time_limit"}
@@ -37,6 +39,7 @@ def from_settings(context: typer.Context, project: Path) -> Path:
 
         given = load_settings(project).given(section)
         options = {LONGER[section].get(name, name): value for name, value in given.items() if value is not None}
+        options |= {name: [f"{one}={value}" for one, value in said.items()] for name, said in options.items() if isinstance(said, Mapping)}
         minutes = {name: options[name] / 60 for name in IN_MINUTES & set(options)}
         context.default_map = {name: value for name, value in (options | minutes).items() if name in names}
     return project

@@ -23,6 +23,7 @@ from loraloop.cli import (
     build,
     doctor,
     evaluate,
+    evaluations,
     export,
     ingest,
     label,
@@ -53,7 +54,10 @@ app = typer.Typer(
     "loraloop apply MODEL            let it answer to the alias that the agent calls\n"
     "loraloop watch                  do all of it again whenever there is reason to",
 )
-commands = (ingest, label, build, train, evaluate, promote, runs, browse, export, apply, serve, watch, status, retention, settings, doctor)
+commands = (
+    *(ingest, label, build, train, evaluate, promote, runs, browse, evaluations, export),
+    *(apply, serve, watch, status, retention, settings, doctor),
+)
 for command in commands:
     command.register(app)
 

@@ -8,6 +8,9 @@ import typer
 
 from loraloop.cli import apply
 from loraloop.cli.screen import DEFAULT_PROJECT, ProjectOption, err, show_next, to_options, write_line
+from loraloop.serve.orders import MAX_PORT, ServiceAddress, ServiceSettings
+
+DEFAULTS = ServiceSettings()
 
 
 def serve(
@@ -16,14 +19,14 @@ def serve(
     base: Annotated[
         str | None, typer.Option(metavar="GGUF|DIR|URL", help="The base model, or the address of a vLLM server.", show_default=False)
     ] = None,
-    port: Annotated[int, typer.Option(min=0, max=65535, help="The port on 127.0.0.1; 0 is any that is free.")] = 0,
+    port: Annotated[int, typer.Option(min=0, max=MAX_PORT, help="The port on 127.0.0.1; 0 is any that is free.")] = DEFAULTS.port,
     token: Annotated[
         str | None, typer.Option(envvar="LORALOOP_TOKEN", help="What clients must show; a random one without.", show_default=False)
     ] = None,
-    applier: Annotated[str, typer.Option(help="What serves: llama.cpp or vllm.")] = "llama.cpp",
+    applier: Annotated[str, typer.Option(help="What serves: llama.cpp or vllm.")] = DEFAULTS.applier,
     drain: Annotated[
         float, typer.Option(min=0, metavar="SECONDS", help="How long what is under way may go on when something ends.")
-    ] = 120.0,
+    ] = DEFAULTS.drain_seconds,
     option: Annotated[
         list[str] | None, typer.Option(metavar="NAME=VALUE", help="A setting of the applier, such as n_ctx=8192; may be repeated.")
     ] = None,
@@ -34,11 +37,11 @@ def serve(
     """
     if context.invoked_subcommand is not None:
         return
-    if base is None:
-        raise typer.BadParameter("say what is served: --base with a GGUF file, a model's folder, or the address of a vLLM server")
+    if not base:
+        known = "a GGUF file, a model's folder, or the address of a vLLM server"
+        raise typer.BadParameter(f"say what is served: --base with {known}, or base of [serve] in loraloop.toml")
     from loraloop.files import json_line
     from loraloop.project import Project
-    from loraloop.serve.orders import ServiceAddress, ServiceSettings
 
     def tell_ready(address: ServiceAddress) -> None:
         write_line(json_line({"url": address.url, "token": address.token, "pid": address.pid}))

@@ -124,6 +124,15 @@ class Evaluator:
         files = sorted(self.directory.glob(f"eval-*/{EVALUATION_FILE}"), key=lambda file: (file.stat().st_mtime_ns, file.parent.name))
         return [_read(file) for file in files]
 
+    def get(self, evaluation_id: str) -> Evaluation:
+        """The finished evaluation whose id is or begins with `evaluation_id`, or the `latest`. Raises EvaluationError."""
+        known = self.list_evaluations()
+        found = known[-1:] if evaluation_id == "latest" else [one for one in known if one.id.startswith(evaluation_id)]
+        if len(found) != 1:
+            names = ", ".join(one.id for one in known[-5:]) or "none; make one with `loraloop evaluate MODEL`"
+            raise EvaluationError(f"{len(found)} finished evaluations begin with {evaluation_id!r}; known: {names}")
+        return found[0]
+
     def _plan(self, work: Work, options: EvaluationOptions) -> EvaluationPlan:
         schedule, dataset = work.schedule, work.dataset
         plan = EvaluationPlan(

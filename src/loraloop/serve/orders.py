@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import Field, ValidationError
 
 from loraloop.episode import Frozen
-from loraloop.errors import ServingError, UnknownModel
+from loraloop.errors import ServingError, SettingsError, UnknownModel
 from loraloop.files import write_atomic
 from loraloop.lease import read_holder
 from loraloop.serve.applier import ALIAS_FORM
@@ -23,6 +23,7 @@ HOST = "127.0.0.1"
 SERVICE_FILE = "service.json"
 LEASE_FILE = "service.lease"
 DEFAULT_ALIAS = "agent"
+MAX_PORT = 65535
 MAX_SECONDS = 1800.0
 """The longest that an order may take: a base model that must be converted, or a reference that must be computed, takes minutes."""
 
@@ -31,8 +32,8 @@ MAX_SECONDS = 1800.0
 class ServiceSettings:
     """What is served, and where."""
 
-    base: str
-    """What the applier opens: a GGUF file, a model's folder, or a server's URL."""
+    base: str = ""
+    """What the applier opens: a GGUF file, a model's folder, or a server's URL. Has to be said."""
     applier: str = "llama.cpp"
     port: int = 0
     """0 for any that is free."""
@@ -44,7 +45,11 @@ class ServiceSettings:
     """The applier's own settings, by name."""
 
     def __post_init__(self) -> None:
-        """Raises ServingError for a token that clients could not send."""
+        """Raises SettingsError for values out of their range, and ServingError for a token that clients could not send."""
+        if not 0 <= self.port <= MAX_PORT:
+            raise SettingsError(f"port={self.port}: expected 0 for any that is free, or a port up to {MAX_PORT}")
+        if not self.drain_seconds >= 0:
+            raise SettingsError(f"drain_seconds={self.drain_seconds}: expected 0 or more seconds")
         odd = next((letter for letter in self.token or "" if not "!" <= letter <= "~"), None)
         if odd is not None:
             raise ServingError(f"the token holds {odd!r}, which clients cannot send in a header; take letters, digits and signs of ASCII")
